@@ -1,0 +1,35 @@
+"""Flover: temporal fusion of autoregressive decoding.
+
+The names below are imported on first use, so that the torch-free modules stay torch-free.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LLM": "flover.llm",
+    "LLMEngine": "flover.engine.llm_engine",
+    "SamplingParams": "flover.request",
+    "EngineConfig": "flover.config",
+    "RequestOutput": "flover.request",
+    "CompletionOutput": "flover.request",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from flover.config import EngineConfig as EngineConfig
+    from flover.engine.llm_engine import LLMEngine as LLMEngine
+    from flover.llm import LLM as LLM
+    from flover.request import CompletionOutput as CompletionOutput
+    from flover.request import RequestOutput as RequestOutput
+    from flover.request import SamplingParams as SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'flover' has no attribute {name!r}")

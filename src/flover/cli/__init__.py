@@ -1,0 +1,118 @@
+"""The command line: `flover generate | chat | plan | doctor`.
+
+Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
+by commands that need it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import flover
+from flover.cli.options import with_options
+from flover.config import EngineConfig
+from flover.request import SamplingParams
+
+app = typer.Typer(
+    help="Temporal fusion of autoregressive decoding: many requests, one running batch.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"flover {flover.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="print it")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@with_options(sampling=SamplingParams, engine=EngineConfig)
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", show_default=False)] = None,
+    *,
+    input: Annotated[Path | None, typer.Option(help="JSON lines: prompt, prompt_token_ids or messages")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON lines; an interrupted run goes on")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="rows x steps, to .png or .json")] = None,
+    explain: Annotated[bool, typer.Option(help="print every effective setting with its origin")] = False,
+    sampling: dict[str, Any],
+    engine: dict[str, Any],
+) -> int:
+    """Generate text from prompts; several run as one batch, streamed to the terminal."""
+    from flover.cli.generate import run_generate
+
+    return run_generate(prompts or [], input, output, timeline, explain, sampling, engine)
+
+
+@app.command()
+@with_options(sampling=SamplingParams, engine=EngineConfig)
+def chat(
+    *,
+    system: Annotated[str, typer.Option(help="a system message before the conversation")] = "",
+    sampling: dict[str, Any],
+    engine: dict[str, Any],
+) -> int:
+    """Talk to a model. /reset forgets, Ctrl-C interrupts an answer, Ctrl-D ends."""
+    from flover.cli.chat import run_chat
+
+    return run_chat(system, sampling, engine)
+
+
+@app.command()
+@with_options(engine=EngineConfig)
+def plan(*, engine: dict[str, Any]) -> int:
+    """What fits on this machine: weights, KV bytes per token, requests by length. Nothing is loaded."""
+    from flover.cli.plan import run_plan
+
+    return run_plan(engine)
+
+
+@app.command()
+def doctor() -> int:
+    """Check this installation and say how to fix what is wrong."""
+    from flover.cli.doctor import run_doctor
+
+    return run_doctor()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; -> the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # text that the terminal's encoding lacks is no error
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        result = app(args=arguments, prog_name="flover", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:  # the reader went away: `flover ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
+        return _fail(str(error))
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # of click, or typer's copy of it
+        if usage is None:
+            raise
+        return _fail(usage())
+
+
+def _fail(message: str) -> int:
+    print(f"flover: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

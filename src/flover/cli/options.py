@@ -1,0 +1,138 @@
+"""Command line options made from the fields of `SamplingParams` and `EngineConfig`: one source of names and defaults.
+
+An option that is not given is not passed on, so the defaults stay those of the dataclasses (and of the checkpoint).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any
+
+import typer
+
+from flover.config import CHOICES, EngineConfig
+from flover.request import SamplingParams
+
+TYPES: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "Sequence[int]": list[int],
+    "Sequence[str]": list[str],
+    "str | Sequence[str]": list[str],
+    "Mapping[int, float]": list[str],
+}
+SKIPPED = {"record_timeline"}  # --timeline sets it
+SKIPPED_SAMPLING = {"seed"}  # --seed is the engine's: it covers every prompt that brings none
+SPELLINGS = {
+    "model": ("--model", "-m"),
+    "max_tokens": ("--max-tokens", "-n"),
+    "generation_config": ("--generation-config", "--sampling-defaults"),
+}
+HELP = {
+    "n": "choices per prompt",
+    "temperature": "0 is greedy",
+    "top_k": "keep the k best tokens; 0 is all",
+    "top_p": "keep the best tokens up to this probability",
+    "min_p": "keep tokens of at least this share of the best one's probability",
+    "logit_bias": "ID=VALUE, added to a token's logit; may be repeated",
+    "bad_words": "may not be generated; may be repeated",
+    "allowed_token_ids": "only these ids; may be repeated",
+    "min_tokens": "no end before that many tokens",
+    "max_tokens": "output limit in tokens (default: 128, in a chat the context)",
+    "stop": "a string that ends the text; may be repeated",
+    "stop_token_ids": "ids that end the text; may be repeated",
+    "ignore_eos": "go on after the end-of-sequence token",
+    "logprobs": "log-probabilities of the best tokens, with --output",
+    "prompt_logprobs": "the same for the prompt",
+    "priority": "lower runs first under --order priority",
+    "model": "built-in name, checkpoint folder or Hugging Face hub id",
+    "dtype": "of weights, activations and KV; auto: float32 on a CPU, else the checkpoint's",
+    "max_model_len": "prompt + output limit in tokens",
+    "max_num_seqs": "rows of the running batch",
+    "max_num_batched_tokens": "token budget of a step",
+    "reorder": "of the slab",
+    "block_size": "tokens per KV block",
+    "num_kv_blocks": "size of the paged KV cache in blocks",
+    "kv_cache_memory_bytes": "size of the KV cache in bytes",
+    "enable_prefix_caching": "reuse the KV of prompts that begin alike",
+    "batch_invariant": "every logit bit-equal alone and fused, at a price",
+    "seed": "of prompts that bring none",
+    "order": "who is admitted first",
+    "prefill_mode": "prefill shares steps with decode, or alternates with it",
+    "overlap_depth": "plans made ahead: 0 or 1",
+    "generation_config": "auto: the checkpoint's sampling defaults; none: not",
+    "load_format": "dummy: random weights",
+    "num_threads": "CPU threads",
+    "debug_poison": "fill freed KV with NaN",
+}
+
+
+def with_options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`@with_options(sampling=SamplingParams, engine=EngineConfig)`: it gets a dict of the given fields each."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in groups]
+        names = {group: [f.name for f in _fields(cls)] for group, cls in groups.items()}
+        options = [_option(field, cls) for cls in groups.values() for field in _fields(cls)]
+
+        @functools.wraps(function)
+        def wrapper(**given: Any) -> Any:
+            for group, members in names.items():
+                values = {name: given.pop(name) for name in members}
+                given[group] = _clean({k: v for k, v in values.items() if v is not None and v != []})
+            return function(**given)
+
+        parameters = own + options
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+def _fields(cls: type) -> list[Field[Any]]:
+    skipped = SKIPPED | (SKIPPED_SAMPLING if cls is SamplingParams else set())
+    return [f for f in fields(cls) if f.name not in skipped]
+
+
+def _option(field: Field[Any], cls: type) -> inspect.Parameter:
+    name = field.name
+    kind = TYPES[str(field.type).removesuffix(" | None")]
+    choices = CHOICES.get(name) if cls is EngineConfig else None
+    default = None if field.default in (None, (), MISSING) else field.default
+    note = HELP.get(name, "")
+    dashed = name.replace("_", "-")
+    spellings = (f"--{dashed}/--no-{dashed}",) if kind is bool else SPELLINGS.get(name, (f"--{dashed}",))
+    option = typer.Option(
+        *spellings,
+        help=f"{note} (default {default})".strip() if default is not None and name != "max_tokens" else note,
+        show_default=False,
+        metavar="|".join(choices) if choices else None,
+        rich_help_panel="Sampling" if cls is SamplingParams else "Engine",
+    )
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _clean(values: Mapping[str, Any]) -> dict[str, Any]:
+    """logit_bias from ID=VALUE; SGLang's words for the sampling defaults."""
+    values = dict(values)
+    if "logit_bias" in values:
+        values["logit_bias"] = dict(_bias(entry) for entry in values["logit_bias"])
+    if "generation_config" in values:
+        words = {"model": "auto", "openai": "none", "vllm": "none"}
+        values["generation_config"] = words.get(values["generation_config"], values["generation_config"])
+    return values
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, _, value = entry.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ValueError(f"logit_bias must be ID=VALUE, got {entry!r}") from None

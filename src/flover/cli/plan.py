@@ -1,0 +1,60 @@
+"""`flover plan`: what a model needs and how much of it fits, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig, ResolvedConfig, human, resolve, weight_bytes
+from flover.engine.engine import detect_hardware
+from flover.models.loader import resolve_model
+from flover.models.registry import model_class
+
+LENGTHS = tuple(1 << n for n in range(7, 21))
+
+
+def run_plan(options: Mapping[str, Any]) -> int:
+    """Print it; ValueError if it cannot work, after what is known has been printed."""
+    config = EngineConfig(**options)
+    folder = resolve_model(config.model)
+    model = ModelConfig.from_folder(folder)
+    model_class(model.architecture)
+    hardware = detect_hardware(config.device)
+    dtype = config.dtype if config.dtype != "auto" else "float32" if hardware.device == "cpu" else model.dtype
+    weights = weight_bytes(model, folder, dtype)
+    token_bytes = model.kv_elements_per_token * DTYPE_BYTES.get(dtype, 4)
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("model", f"{folder} ({model.architecture})")
+    table.add_row(
+        "shape",
+        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads,"
+        f" {model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size}",
+    )
+    table.add_row("dtype", dtype)
+    table.add_row("weights", human(weights))
+    table.add_row("KV per token", f"{human(token_bytes)} ({token_bytes} bytes)")
+    table.add_row("free", f"{human(hardware.free_bytes)} on {hardware.device}")
+    console.print(table)
+    resolved = resolve(config, model, hardware, weights)
+    _print_capacity(console, resolved, hardware.free_bytes - weights)
+    return 0
+
+
+def _print_capacity(console: Console, resolved: ResolvedConfig, free: int) -> None:
+    kv, limit = resolved.kv, resolved.scheduler
+    size = kv.num_blocks * kv.block_size * kv.bytes_per_token
+    console.print(
+        f"\nKV cache: {kv.layout}, {kv.num_blocks} blocks of {kv.block_size} tokens, {human(size)};"
+        f" at most {limit.max_num_seqs} requests at a time, {limit.max_model_len} tokens each"
+    )
+    table = Table("tokens each", "fit in this cache", "fit in all free memory", box=None, pad_edge=False)
+    for length in sorted({n for n in LENGTHS if n < limit.max_model_len} | {limit.max_model_len}):
+        here = kv.num_blocks if kv.layout == "slab" else kv.num_blocks // -(-length // kv.block_size)
+        table.add_row(
+            str(length), str(min(here, limit.max_num_seqs)), str(max(free, 0) // (length * kv.bytes_per_token))
+        )
+    console.print(table)

@@ -1,0 +1,1 @@
+"""The fused loop: engine > executor > runner; scheduler > policy; all > batch."""

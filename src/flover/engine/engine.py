@@ -1,0 +1,137 @@
+"""`EngineCore`: the loop. schedule -> submit -> update, with `overlap_depth` plans made ahead of the result in flight.
+
+Tokens only; text is the business of `llm_engine`. Invariant: at depth 1, in every steady step, `submit(n + 1)` precedes
+the first read of result n.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+
+from flover.config import EngineConfig, Hardware, KVConfig, ModelConfig, ResolvedConfig, resolve, weight_bytes
+from flover.engine.batch import BatchPlan, StepResult
+from flover.engine.executor import ThreadExecutor
+from flover.engine.runner import ModelRunner
+from flover.engine.scheduler import Scheduler
+from flover.engine.step import Step, StepOutput
+from flover.kv.paged import PagedLayout
+from flover.kv.protocol import KVLayout
+from flover.kv.slab import SlabLayout, SlabMode
+from flover.models.loader import resolve_model
+from flover.request import FinishReason, Request
+
+logger = logging.getLogger("flover")
+
+
+class Executor(Protocol):
+    def submit(self, plan: BatchPlan) -> Future[StepResult]: ...
+    def reset(self) -> None: ...
+    def shutdown(self) -> None: ...
+
+
+def detect_hardware(device: str) -> Hardware:
+    """The device asked for ("auto": CUDA if there is one) and the bytes free on it.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' but torch sees no CUDA device; device='cpu' works, `flover doctor` says more")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return Hardware("cuda", torch.cuda.mem_get_info()[0])
+    return Hardware("cpu", free_memory())
+
+
+def free_memory() -> int:
+    """Bytes of memory available to a new process (Linux: MemAvailable; elsewhere: all physical memory)."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def make_layout(kv: KVConfig) -> KVLayout:
+    """The host allocator of a KV layout."""
+    if kv.layout == "slab":
+        return SlabLayout(kv.num_blocks, kv.block_size, mode=cast(SlabMode, kv.reorder))
+    return PagedLayout(kv.num_blocks, kv.block_size, enable_prefix_caching=kv.prefix_caching)
+
+
+class EngineCore:
+    """Requests in, tokens out. Not thread-safe: one caller drives `step`.
+
+    Args:
+        config: the user's settings; resolved against the checkpoint and the machine here.
+        executor: for tests; by default a thread with a `ModelRunner`.
+
+    Raises:
+        ValueError: anything wrong with the checkpoint or the settings, in one line.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.folder = resolve_model(config.model)
+        model = ModelConfig.from_folder(self.folder)
+        hardware = detect_hardware(config.device)
+        dtype = config.dtype if config.dtype != "auto" else "float32" if hardware.device == "cpu" else model.dtype
+        self.resolved: ResolvedConfig = resolve(config, model, hardware, weight_bytes(model, self.folder, dtype))
+        self.clock = time.monotonic
+        self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
+        self._executor = executor or ThreadExecutor(ModelRunner(self.resolved, self.folder))
+        self._in_flight: deque[tuple[Step, Future[StepResult]]] = deque()
+        self._depth = config.overlap_depth
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError if its id is live or it can never fit."""
+        request.arrival_time = request.arrival_time or self.clock()
+        self.scheduler.add(request)
+
+    def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a live request (abort, stop string); unknown or finished ids are ignored."""
+        self.scheduler.finish(request_id, reason, stop_reason)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._in_flight) or self.scheduler.has_unfinished()
+
+    def step(self) -> StepOutput:
+        """Keep the pipeline full, then take in the oldest result."""
+        while len(self._in_flight) <= self._depth:
+            planned = self.scheduler.schedule()
+            if planned is None:
+                break
+            self._in_flight.append((planned, self._executor.submit(planned.plan)))
+        if not self._in_flight:
+            assert self.scheduler.drained, "requests wait, nothing runs and nothing could be scheduled"
+            return StepOutput(finished=self.scheduler.drain_finished())
+        step, future = self._in_flight.popleft()
+        try:
+            result = future.result()
+        except Exception as error:
+            return self._recover(step, error)
+        return self.scheduler.update(step, result)
+
+    def _recover(self, failed: Step, error: Exception) -> StepOutput:
+        """A step failed: its requests end with the error, later plans are void, everyone else is recomputed."""
+        logger.error("step %d failed: %s: %s", failed.plan.step, type(error).__name__, error)
+        while self._in_flight:
+            _, future = self._in_flight.popleft()
+            future.exception()
+        self._executor.reset()
+        self.scheduler.rewind(failed, f"the step failed on the device: {type(error).__name__}: {error}")
+        return StepOutput(finished=self.scheduler.drain_finished(), stats=failed.stats)
+
+    def shutdown(self) -> None:
+        """Stop the executor; in-flight work is dropped."""
+        self._executor.shutdown()

@@ -1,0 +1,52 @@
+"""The executor: takes plans at once and works them off in order on a thread of its own.
+
+`submit` encodes the plan and returns a future; the worker decodes it, so a plan is complete by construction: what the
+encoding does not carry does not reach the device. When a plan fails, those submitted after it are cancelled until
+`reset`, since they were made in the belief that it would succeed.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from flover.engine.batch import BatchPlan, StepResult, decode_plan, encode_plan
+
+
+class Runner(Protocol):
+    def execute(self, plan: BatchPlan) -> StepResult: ...
+    def reset(self) -> None: ...
+
+
+class PlanCancelledError(RuntimeError):
+    """An earlier plan failed, so this one was not run."""
+
+
+class ThreadExecutor:
+    """One worker thread, one runner, plans in order."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flover-executor")
+        self._failed = False
+
+    def submit(self, plan: BatchPlan) -> Future[StepResult]:
+        """Queue a plan; the device works while the caller goes on."""
+        return self._worker.submit(self._run, encode_plan(plan))
+
+    def _run(self, data: bytes) -> StepResult:
+        if self._failed:
+            raise PlanCancelledError("cancelled: an earlier step failed")
+        try:
+            return self._runner.execute(decode_plan(data))
+        except BaseException:
+            self._failed = True
+            raise
+
+    def reset(self) -> None:
+        """After a failure, once every future has been seen: the runner forgets all rows and accepts plans again."""
+        self._worker.submit(self._runner.reset).result()
+        self._failed = False
+
+    def shutdown(self) -> None:
+        self._worker.shutdown(wait=True, cancel_futures=True)

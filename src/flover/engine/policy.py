@@ -1,0 +1,40 @@
+"""Policies order and admit; they never pack.
+
+`fused` is temporal fusion: everyone who fits, at every step. `serial` (one request at a time) and `static` (a batch
+joins together and leaves together) are what it is compared with, over the same kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flover.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """name: fused, serial or static. order: fcfs, priority (lower first) or shortest (prompt + output limit)."""
+
+    name: str = "fused"
+    order: str = "fcfs"
+
+    def admissible(self, num_rows: int, max_num_seqs: int) -> int:
+        """How many requests may join now."""
+        if self.name == "fused":
+            return max_num_seqs - num_rows
+        if num_rows:
+            return 0
+        return 1 if self.name == "serial" else max_num_seqs
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether finished rows stay, and compute, until the whole batch is done."""
+        return self.name == "static"
+
+    def key(self, request: Request) -> int:
+        """Waiting requests are taken by (key, arrival)."""
+        if self.order == "priority":
+            return request.priority
+        if self.order == "shortest":
+            return request.num_prompt_tokens + request.max_output_tokens
+        return 0

@@ -1,0 +1,461 @@
+"""The scheduler: decides each step who runs how many tokens, who joins, moves and leaves. Plain Python and numpy.
+
+Source: the paper's work scheduler (DESIGN sections 3 and 4). Invariants, after every `schedule`:
+live rows are exactly `[0, len(rows))` (with frozen rows among them only under reorder "off" and policy "static");
+counts are optimistic: `computed` grows when a token is scheduled, so a plan can be made while another is in flight;
+nothing is scheduled past max_tokens or the model's length, so only EOS, stop strings, NaN and aborts arrive late, and
+what such a row held is reused only by plans made after that became known.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from flover.config import KVConfig, SchedulerConfig
+from flover.engine.batch import BatchPlan, IntArray, RowJoin, StepResult
+from flover.engine.policy import Policy
+from flover.engine.rows import RowTable
+from flover.engine.step import Step, StepOutput, record_rows, take_in
+from flover.kv.protocol import Grant, KVLayout
+from flover.metrics import StepStats
+from flover.request import FinishReason, Request, RequestStatus
+
+Mask = npt.NDArray[np.bool_]
+Table = tuple[Request, int, list[int]]  # (who, first entry, block ids)
+
+
+class _Lengths(Mapping[str, int]):
+    """key -> optimistic length, read from the row table only for the keys that a layout asks for."""
+
+    def __init__(self, table: RowTable) -> None:
+        self._rows = {request.key: request.row for request in table.requests}
+        self._computed = table.computed
+
+    def __getitem__(self, key: str) -> int:
+        return int(self._computed[self._rows[key]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class Scheduler:
+    """See the module. `clock` gives seconds; `kv` is the layout's host allocator.
+
+    Requests enter by `add`, end by `update` (stop ids, length, NaN), `finish` (caller, stop string) or `rewind`.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv_config: KVConfig, kv: KVLayout, clock: Callable[[], float]) -> None:
+        self.config, self.kv, self.clock = config, kv, clock
+        self.policy = Policy(config.policy, config.order)
+        self.paged = kv_config.layout == "paged"
+        self.prefix_caching = kv_config.prefix_caching
+        self.token_bytes, self.debug_poison = kv_config.bytes_per_token, kv_config.debug_poison
+        self.requests: dict[str, Request] = {}  # live, by request_id
+        self.table = RowTable(config.max_num_seqs)
+        self._waiting: list[tuple[int, int, Request]] = []  # heap of (policy key, arrival, request)
+        self._departing: list[Request] = []  # rows whose request is over, or preempted
+        self._finished: list[Request] = []  # to report with the next output
+        self._arrivals = 0
+        self.num_waiting = 0
+        self._steps = 0
+        self._disturbed = 0  # steps before this one may hold rows that have ended or been preempted since
+        self._last_was_prefill = False
+
+    # ---- the caller's side -------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: a live request has that id, or the request could never fit.
+        """
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id {request.request_id!r} is already running")
+        limit = self._max_computed(request)
+        if limit > self.config.max_model_len:
+            raise ValueError(
+                f"a prompt of {request.num_prompt_tokens} tokens is longer than the context of "
+                f"{self.config.max_model_len}"
+            )
+        if not self.kv.fits(limit):
+            raise ValueError(self._never_fits(request))
+        request.arrival, request.key = self._arrivals, str(self._arrivals)
+        self._arrivals += 1
+        self.requests[request.request_id] = request
+        self._enqueue(request)
+
+    def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a live request from outside: abort, or a stop string found in its text. Unknown ids are ignored."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._finish(request, reason, stop_reason)
+
+    def has_unfinished(self) -> bool:
+        return bool(self.requests or self._departing or self._finished)
+
+    @property
+    def drained(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self.requests and not self.table.requests
+
+    def drain_finished(self) -> list[Request]:
+        """Requests that ended with no step to report them (aborted while nothing ran)."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    # ---- schedule ----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next plan, or None when there is nothing to do until a result comes back."""
+        started = self.clock()
+        if not self.table.requests and not self._waiting:
+            return None
+        before = list(self.table.requests) if self.config.record_timeline else []
+        self._depart_complete()
+        tables: list[Table] = []
+        self._grow(tables)
+        moves, leaves, relocations, frozen = self._leave(tables)
+        prefill_step = self._is_prefill_step()
+        scheduled = self._decode_rows(prefill_step)
+        joins: list[RowJoin] = []
+        if prefill_step:
+            scheduled, joins = self._prefill_rows(scheduled, tables, moves)
+            if not scheduled.any():  # separate, and nobody could join after all
+                scheduled = self._decode_rows(prefill_step=False)
+        if not (scheduled.any() or leaves or frozen or moves):
+            return None
+        freed = self.kv.drain_freed()
+        ids, scored = self._prefill_ids(scheduled)
+        plan = BatchPlan(
+            step=self._steps,
+            num_rows=len(self.table),
+            num_scheduled=scheduled.astype(np.int32).tobytes(),
+            prefill_ids=np.array(ids, dtype=np.int32).tobytes(),
+            moves=moves,
+            freed=freed if self.debug_poison else [],
+            leaves=leaves,
+            relocations=relocations,
+            frozen=frozen,
+            joins=joins,
+            scored=scored,
+            tables=[(request.row, start, blocks) for request, start, blocks in tables if request.row >= 0],
+            reserved_blocks=self.kv.num_reserved_blocks,
+        )
+        self._steps += 1
+        return self._advance(plan, scheduled, before, started)
+
+    def _depart_complete(self) -> None:
+        """Rows whose every token is scheduled leave now: the host knows their end without seeing the token."""
+        for row in np.nonzero((self.table.computed >= self.table.limit) & (self.table.dead == 0))[0]:
+            if not self.table.requests[row].finished:  # else it is departing already
+                self._departing.append(self.table.requests[row])
+
+    def _grow(self, tables: list[Table]) -> None:
+        """Blocks for decode rows at their capacity, oldest first; when they run out the youngest row is preempted."""
+        short = np.nonzero((self.table.computed >= self.table.capacity) & (self.table.dead == 0))[0]
+        if not short.size:
+            return
+        short = short[np.argsort(self.table.arrival[short])]
+        leaving = {request.arrival for request in self._departing}
+        capacity = self.table.capacity
+        for row, computed in zip(short.tolist(), self.table.computed[short].tolist()):
+            request = self.table.requests[row]
+            while request.arrival not in leaving:
+                grant = self.kv.extend(request.key, computed + 1)
+                if grant is not None:
+                    capacity[row] = grant.capacity
+                    tables.append((request, grant.start, grant.block_ids))
+                    break
+                victim = self._youngest(leaving)
+                self._preempt(victim)
+                leaving.add(victim.arrival)
+
+    def _youngest(self, leaving: set[int]) -> Request:
+        candidates = [r for r in self.table.requests if r.arrival not in leaving and not self.table.dead[r.row]]
+        assert candidates, "the row that needs a block is itself a candidate"
+        return max(candidates, key=lambda r: r.arrival)
+
+    def _preempt(self, request: Request) -> None:
+        """Give its memory up and queue it again; tokens still in flight for it stay valid and are awaited first."""
+        request.status = RequestStatus.PREEMPTED
+        self._disturbed = self._steps
+        request.num_preemptions += 1
+        request.num_in_flight = max(0, int(self.table.computed[request.row]) + 1 - len(request.token_ids))
+        if len(request.prompt_logprob_list or ()) < request.num_prompt_tokens:
+            request.prompt_logprob_list = None
+        # memory is free at once: the row's last plan runs before any plan that reuses it
+        self._give_back(request)
+        self._departing.append(request)
+        self._enqueue(request)
+
+    def _leave(
+        self, tables: list[Table]
+    ) -> tuple[list[tuple[int, int, int]], list[int], list[tuple[int, int]], list[int]]:
+        """Departing rows give their memory back, the layout reorders, rows close up.
+
+        Returns moves, leaves, relocations and newly frozen rows, as in `BatchPlan`.
+        """
+        if not self._departing:
+            return [], [], [], []
+        departing, self._departing = self._departing, []
+        over = [request for request in departing if request.status is not RequestStatus.PREEMPTED]
+        if self.policy.holds_rows:  # nobody leaves before the last of the batch
+            dead = [request for request in self.table.requests if self.table.dead[request.row]]
+            over = over + dead if len(departing) + len(dead) == len(self.table) else []
+        for request in over:
+            self._give_back(request)
+        reordering = self.kv.reorder(_Lengths(self.table))
+        by_key = {request.key: request for request in self.table.requests}
+        tables.extend((by_key[key], 0, [slot]) for key, slot in reordering.relocated.items())
+        leaves = sorted(by_key[key].row for key in reordering.evicted)
+        relocations = self.table.remove(leaves)
+        frozen = sorted(request.row for request in departing if request.row >= 0)
+        self.table.dead[frozen] = 1
+        return [(m.src, m.dst, m.num_tokens) for m in reordering.moves], leaves, relocations, frozen
+
+    def _give_back(self, request: Request) -> None:
+        """Its blocks are free, and those full of known tokens can be found again, unless their contents are bad."""
+        bad = request.finish_reason is FinishReason.ERROR
+        if not bad:
+            known = min(int(self.table.computed[request.row]), len(request.token_ids))
+            self.kv.commit(request.key, request.token_ids, known)
+        self.kv.leave(request.key, bad)
+
+    def _is_prefill_step(self) -> bool:
+        """Mixed: always. Separate: prefill and decode alternate while there is work for both."""
+        if self.config.prefill_mode == "mixed":
+            return True
+        live = self.table.dead == 0
+        decoding = bool(((self.table.computed >= self.table.prefill) & live).any())
+        if decoding and self._last_was_prefill:
+            return False
+        prefilling = bool(((self.table.computed < self.table.prefill) & live).any())
+        return prefilling or not decoding or self._can_admit()
+
+    def _can_admit(self) -> bool:
+        return bool(self._waiting) and self.policy.admissible(len(self.table), self.config.max_num_seqs) > 0
+
+    def _decode_rows(self, prefill_step: bool) -> IntArray:
+        """One token for every decode row, and for frozen rows while any live row runs."""
+        if prefill_step and self.config.prefill_mode == "separate":
+            return np.zeros(len(self.table), dtype=np.int64)
+        computed, dead = self.table.computed, self.table.dead
+        return np.where(dead == 1, computed > 0, computed >= self.table.prefill).astype(np.int64)
+
+    def _prefill_rows(
+        self, scheduled: IntArray, tables: list[Table], moves: list[tuple[int, int, int]]
+    ) -> tuple[IntArray, list[RowJoin]]:
+        """Prefill chunks within the token budget: rows under way first, then everyone who fits joins."""
+        budget = max(self.config.max_num_batched_tokens - int(scheduled.sum()), min(self.kv.block_size, 16))
+        chunks: dict[int, int] = {}
+        under_way = np.nonzero((self.table.computed < self.table.prefill) & (self.table.dead == 0))[0]
+        for row in under_way[np.argsort(self.table.arrival[under_way])]:
+            chunk = min(int(self.table.prefill[row] - self.table.computed[row]), budget)
+            budget -= chunk
+            chunks[int(row)] = chunk
+        joins: list[RowJoin] = []
+        skipped: list[tuple[int, int, Request]] = []
+        places = self.policy.admissible(len(self.table), self.config.max_num_seqs)
+        while self._waiting and places > 0 and budget > 0:
+            entry = heapq.heappop(self._waiting)
+            request = entry[2]
+            if request.finished:
+                continue
+            if not self._ready(request):
+                skipped.append(entry)
+                continue
+            grant = self._place(request)
+            if grant is None:
+                skipped.append(entry)
+                break
+            joins.append(self._join(request, grant, tables))
+            moves.extend((copy.src, copy.dst, copy.num_tokens) for copy in grant.copies)
+            chunk = min(len(request.token_ids) - grant.num_cached_tokens, budget)
+            budget -= chunk
+            places -= 1
+            chunks[request.row] = chunk
+        for entry in skipped:
+            heapq.heappush(self._waiting, entry)
+        scheduled = np.concatenate((scheduled, np.zeros(len(joins), dtype=np.int64)))
+        scheduled[list(chunks)] = list(chunks.values())
+        return scheduled, joins
+
+    def _prefill_ids(self, scheduled: IntArray) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
+        """Ids of the scheduled prefill tokens, rows in order; and those to score where prompt_logprobs are wanted."""
+        ids: list[int] = []
+        scored: list[tuple[int, int, list[int]]] = []
+        prefilling = (self.table.computed < self.table.prefill) & (self.table.dead == 0) & (scheduled > 0)
+        for row in np.nonzero(prefilling)[0].tolist():
+            request = self.table.requests[row]
+            start = int(self.table.computed[row])
+            end, prompt = start + int(scheduled[row]), request.num_prompt_tokens
+            ids += request.token_ids[start:end]
+            if request.prompt_logprobs >= 0 and len(request.prompt_logprob_list or ()) < prompt:
+                scored.append((row, request.prompt_logprobs, request.token_ids[start + 1 : min(end + 1, prompt)]))
+        return ids, scored
+
+    def _ready(self, request: Request) -> bool:
+        """Not while tokens are in flight for it, nor while the prompt it may share is still being computed."""
+        sibling = request.sibling
+        if request.num_in_flight:
+            return False
+        if sibling is None or sibling.row < 0 or sibling.status is not RequestStatus.RUNNING:
+            return True
+        return bool(self.table.computed[sibling.row] >= sibling.num_prompt_tokens)
+
+    def _place(self, request: Request) -> Grant | None:
+        """Memory for a request's known tokens, with a block to spare for each running row, so that none thrashes."""
+        sibling = request.sibling
+        share = self.prefix_caching and request.prompt_logprobs < 0
+        if (
+            share
+            and sibling
+            and sibling.row >= 0
+            and not request.num_output_tokens
+            and not self.table.dead[sibling.row]
+        ):
+            grant = self.kv.fork(sibling.key, request.key, request.num_prompt_tokens)
+            if grant is not None:
+                return grant
+        headroom = len(self.table) if self.paged else 0
+        return self.kv.join(request.key, request.token_ids, salt=request.cache_salt, use_cache=share, headroom=headroom)
+
+    def _join(self, request: Request, grant: Grant, tables: list[Table]) -> RowJoin:
+        if request.status is RequestStatus.WAITING:
+            request.num_cached_tokens = grant.num_cached_tokens
+            request.first_scheduled_time = self.clock()
+        request.status = RequestStatus.RUNNING
+        self.num_waiting -= 1
+        cached, known = grant.num_cached_tokens, len(request.token_ids)
+        self.table.append(request, computed=cached, limit=self._max_computed(request), capacity=grant.capacity)
+        tables.append((request, grant.start, grant.block_ids))
+        prompt = request.num_prompt_tokens
+        history = (request.token_ids[:prompt], request.token_ids[prompt:]) if request.sampling.needs_history else None
+        return RowJoin(request.row, prompt, known, cached, request.sampling, history)
+
+    def _advance(self, plan: BatchPlan, scheduled: IntArray, before: list[Request], started: float) -> Step:
+        """Optimistic bookkeeping once the plan stands: counts, who samples, statistics."""
+        computed, prefill, live = self.table.computed, self.table.prefill, self.table.dead == 0
+        prefilling = (computed < prefill) & live
+        computed += scheduled * live
+        samples = (scheduled > 0) & live & (computed >= prefill)
+        rows, token_ids, stop_ids = list(self.table.requests), list(self.table.token_ids), self.table.stop_ids
+        last = computed >= self.table.limit
+        sampled = rows
+        if not samples.all():
+            which = np.nonzero(samples)[0]
+            sampled, token_ids = [rows[i] for i in which], [token_ids[i] for i in which]
+            stop_ids, last = stop_ids[:, which], last[which]
+        first: list[Request] = []
+        for row in np.nonzero(prefilling & (scheduled > 0))[0]:
+            request = rows[row]
+            self.kv.commit(request.key, request.token_ids, int(computed[row]))
+            if samples[row]:
+                first.append(request)
+        stats = self._stats(plan, scheduled, prefilling, live, started)
+        self._last_was_prefill = stats.num_prefill_tokens > 0
+        if self.config.record_timeline:
+            stats.prefilling, stats.dead = prefilling.tolist(), (~live).tolist()
+            record_rows(stats, plan, rows, before)
+        return Step(plan, rows, sampled, token_ids, stop_ids.copy(), np.nonzero(last)[0].tolist(), first, stats)
+
+    def _stats(self, plan: BatchPlan, scheduled: IntArray, prefilling: Mask, live: Mask, started: float) -> StepStats:
+        prefill, dead = int(scheduled[prefilling].sum()), int(scheduled[~live].sum())
+        blocks = self.kv.num_used_blocks if self.paged else self.kv.num_reserved_blocks
+        return StepStats(
+            step=plan.step,
+            start=started,
+            num_running=int(live.sum()),
+            num_waiting=self.num_waiting,
+            num_prefill_tokens=prefill,
+            num_decode_tokens=int(scheduled.sum()) - prefill - dead,
+            num_dead_rows=dead,
+            kv_used_bytes=int(self.table.computed.sum()) * self.token_bytes,
+            kv_reserved_bytes=blocks * self.kv.block_size * self.token_bytes,
+            kv_moved_bytes=sum(move[2] for move in plan.moves) * self.token_bytes,
+        )
+
+    # ---- update ------------------------------------------------------------------------------------------------------
+
+    def update(self, step: Step, result: StepResult) -> StepOutput:
+        """Append the tokens of a step's result and end the requests that it ends.
+
+        A request that ended while this step was in flight (EOS in the step before, an abort) has its token dropped.
+        """
+        now = step.stats.end = self.clock()
+        for request in step.first:
+            if not request.num_output_tokens:
+                request.first_token_time = now
+        output, endings = take_in(step, result, disturbed=step.plan.step < self._disturbed)
+        for ending in endings:
+            self._finish(*ending)
+        output.finished = self.drain_finished()
+        return output
+
+    def _finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        if request.status is not RequestStatus.RUNNING:
+            self.num_waiting -= 1
+        elif request.row >= 0 and not self.table.dead[request.row]:
+            self._departing.append(request)
+        elif reason is FinishReason.ERROR:
+            self.kv.reset_cache()  # it has left already, and its blocks may hold the NaN
+        self._disturbed = self._steps
+        request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
+        request.finish_time = request.last_token_time = self.clock()
+        del self.requests[request.request_id]
+        self._finished.append(request)
+
+    # ---- failure -----------------------------------------------------------------------------------------------------
+
+    def rewind(self, failed: Step, message: str) -> None:
+        """A step failed on the device, and the plans after it were cancelled: go back to what is confirmed.
+
+        Requests that the failed step computed end with an error; the others lose their cached tokens and are queued
+        again (recomputed to the same tokens). The device forgets all rows.
+        """
+        scheduled = failed.plan.scheduled()
+        culprits = [request for request, n in zip(failed.rows, scheduled) if n]
+        for request in culprits:
+            if not request.finished:
+                request.error = message
+                self._finish(request, FinishReason.ERROR)
+        self._departing = []
+        for request in self.table.requests:
+            if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already
+                self.kv.leave(request.key, True)
+            if not request.finished:
+                request.status = RequestStatus.PREEMPTED
+                self._enqueue(request)
+        for request in self.requests.values():
+            request.num_in_flight = 0
+        self.kv.reset_cache()
+        self.kv.reorder({})
+        self.table.remove(list(range(len(self.table))))
+
+    # ---- small things ------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, request: Request) -> None:
+        self.num_waiting += 1
+        heapq.heappush(self._waiting, (self.policy.key(request), request.arrival, request))
+
+    def _never_fits(self, request: Request) -> str:
+        room = self.kv.num_blocks * self.kv.block_size if self.paged else self.kv.block_size
+        prompt = request.num_prompt_tokens
+        if prompt > room:
+            return f"a prompt of {prompt} tokens can never fit the KV cache of {room} tokens"
+        return (
+            f"{prompt} prompt tokens and up to {request.max_output_tokens} output tokens can never fit the KV cache of "
+            f"{room} tokens; max_tokens={room - prompt + 1} would"
+        )
+
+    @staticmethod
+    def _max_computed(request: Request) -> int:
+        """Tokens computed in all: the last output is sampled, never computed."""
+        return request.num_prompt_tokens + request.max_output_tokens - 1

@@ -1,0 +1,1 @@
+"""Kernels: imports nothing from flover. `reference` holds the pure-torch twins: the specification and the CPU path."""

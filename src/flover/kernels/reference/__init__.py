@@ -1,0 +1,1 @@
+"""Pure-torch twins: the specification of every kernel, and the CPU path."""

@@ -1,0 +1,290 @@
+"""`LLM`: prompts in, texts out, offline. The loop around `LLMEngine` and nothing else.
+
+Invariant: all inputs of a call are checked before any is queued, and when a call ends early, by an exception, Ctrl-C or
+an abandoned iterator, what it had in flight is aborted; other calls are unharmed.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+from flover.config import EngineConfig, Setting, generation_defaults
+from flover.engine.inputs import Prompt
+from flover.engine.llm_engine import LLMEngine, Prepared
+from flover.metrics import Timeline
+from flover.request import RequestOutput, SamplingParams, nearest
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+Conversation = Sequence[Mapping[str, Any]]
+# generation_config.json -> SamplingParams, as vLLM reads it
+GENERATION_DEFAULTS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: built-in name, checkpoint folder or Hugging Face hub id; None is the built-in kjv-llama.
+        options: the fields of `EngineConfig` by name (dtype, max_model_len, kv_layout, seed, ...).
+
+    Raises:
+        ValueError: an unknown option (naming the nearest known one), or anything wrong with settings or checkpoint.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        known = {f.name for f in fields(EngineConfig)}
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown option {name!r}{nearest(name, known)}")
+        if model is not None:
+            options["model"] = str(model)
+        self.engine = LLMEngine(EngineConfig(**options))
+        self._next_id, self._closed = 0, False
+        self._inboxes: dict[str, dict[str, RequestOutput]] = {}  # request id -> where its stream reads
+
+    # ---- generation --------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Finished outputs, in the order of the prompts.
+
+        Args:
+            prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            sampling_params: one for all, one for each, or None for `get_default_sampling_params()`.
+            use_tqdm: show progress on stderr, if that is a terminal.
+
+        Raises:
+            ValueError: a bad prompt or parameter, naming it; nothing has run then.
+        """
+        return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """As `generate`, for conversations, which the model's chat template renders.
+
+        Without sampling_params the answer may run up to the context limit.
+
+        Args:
+            messages: one list of {"role", "content"}, or a list of such lists.
+        """
+        many = _is_list(messages) and bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Any = messages if many else [messages]
+        if sampling_params is None:
+            sampling_params = self.get_default_chat_params()
+        prompts = [self.chat_prompt(one, add_generation_prompt) for one in conversations]
+        return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
+        """Cumulative outputs as they grow; those of several prompts come interleaved.
+
+        Raises:
+            ValueError: at once, for a bad prompt or parameter.
+        """
+        return self.run(self._prepare(prompts, sampling_params))
+
+    def run(
+        self, prepared: Sequence[Prepared], arrival_steps: Sequence[int] | None = None, final_only: bool = False
+    ) -> Iterator[RequestOutput]:
+        """The loop itself, for prompts from `engine.prepare`: add, step, hand out; abort what is left on the way out.
+
+        Streams may be interleaved: whoever steps the engine leaves the outputs of others in their inboxes.
+
+        Args:
+            arrival_steps: add a prompt only after that many steps (or earlier, if nothing else is running).
+            final_only: finished outputs only.
+        """
+        waiting = sorted(zip(arrival_steps or [0] * len(prepared), range(len(prepared)), prepared), reverse=True)
+        inbox: dict[str, RequestOutput] = {}
+        live: set[str] = set()
+        step = 0
+        try:
+            while waiting or live:
+                step = step if live else waiting[-1][0]
+                while waiting and waiting[-1][0] <= step:
+                    one = waiting.pop()[2]
+                    self.engine.add(one)
+                    live.add(one.request_id)
+                    self._inboxes[one.request_id] = inbox
+                if not inbox:
+                    step += 1
+                    self._step(final_only)
+                outputs = list(inbox.values())
+                inbox.clear()
+                for output in outputs:
+                    if output.finished:
+                        live.discard(output.request_id)
+                        del self._inboxes[output.request_id]
+                    if output.finished or not final_only:
+                        yield output
+        finally:
+            for request_id in live:
+                self.engine.abort(request_id)
+                del self._inboxes[request_id]
+            while not (self._closed or self._inboxes) and self.engine.has_unfinished_requests():
+                self._step(final_only=True)
+
+    def _step(self, final_only: bool) -> None:
+        alone = len({id(inbox) for inbox in self._inboxes.values()}) <= 1
+        with _interrupts_deferred():
+            outputs = self.engine.step(final_only and alone)
+        for output in outputs:
+            if output.request_id in self._inboxes:
+                self._inboxes[output.request_id][output.request_id] = output
+
+    def chat_prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> Prompt:
+        """A conversation as the prompt that the model's template makes of it."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"chat needs a tokenizer, and {self.engine.core.folder} has no tokenizer.json")
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt)
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    # ---- settings ----------------------------------------------------------------------------------------
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
+        if self.engine.core.resolved.engine.generation_config == "none":
+            return SamplingParams()
+        folder = self.engine.core.folder
+        given = generation_defaults(folder)
+        values = {ours: given[name] for name, ours in GENERATION_DEFAULTS.items() if given.get(name) is not None}
+        if given.get("do_sample") is False:
+            values["temperature"] = 0.0
+        try:
+            return SamplingParams(**values)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / 'generation_config.json'}: {error} (generation_config='none' ignores it)"
+            ) from None
+
+    def get_default_chat_params(self) -> SamplingParams:
+        """The same, with the output limited by the context only, unless generation_config.json limits it."""
+        params = self.get_default_sampling_params()
+        limited = params.max_tokens != SamplingParams().max_tokens
+        return params if limited else replace(params, max_tokens=None)
+
+    def explain(self) -> list[Setting]:
+        """Every effective setting: name, value, origin, reason."""
+        return list(self.engine.core.resolved.settings)
+
+    @property
+    def timeline(self) -> Timeline:
+        """What ran so far, recorded under `record_timeline=True`."""
+        return Timeline(self.engine.stats)
+
+    def close(self) -> None:
+        """Stop the engine; using it afterwards is an error."""
+        self._closed = True
+        self.engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- helpers -----------------------------------------------------------------------------------------
+
+    def _prepare(self, prompts: Any, params: Params) -> list[Prepared]:
+        """Check everything; queue nothing."""
+        if self._closed:
+            raise ValueError("this LLM is closed")
+        if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and not _is_prompt(prompts[0])):
+            prompts = [prompts]
+        if not _is_list(prompts):
+            raise ValueError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+        if params is None:
+            params = self.get_default_sampling_params()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} sampling_params were given for {len(prompts)} prompts")
+        prepared = []
+        for i, (prompt, one) in enumerate(zip(prompts, each)):
+            try:
+                prepared.append(self.engine.prepare(str(self._next_id + i), prompt, one))
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
+        self._next_id += len(prompts)
+        return prepared
+
+    def _finish(self, prepared: list[Prepared], use_tqdm: bool) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        with progress(len(prepared), use_tqdm) as advance:
+            for output in self.run(prepared, final_only=True):
+                done[output.request_id] = output
+                advance(sum(len(choice.token_ids) for choice in output.outputs))
+        return [done[one.request_id] for one in prepared]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, (str, Mapping)) or _is_list(value)
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect after the step, which is not safe to leave in the middle; a second one does at once."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    caught: list[Any] = []
+
+    def defer(number: int, frame: Any) -> None:
+        if caught:
+            usual(number, frame)
+        caught.append(frame)
+
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if caught:
+        usual(signal.SIGINT, caught[0])
+
+
+@contextmanager
+def progress(total: int, wanted: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal; -> a function to call with the tokens of each finished prompt."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not wanted or not console.is_terminal:
+        yield lambda tokens: None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[tokens]} tokens"), TimeRemainingColumn())
+    with Progress(TextColumn("generate"), *columns, console=console, transient=True) as bar:
+        task, count = bar.add_task("", total=total, tokens=0), 0
+
+        def advance(tokens: int) -> None:
+            nonlocal count
+            count += tokens
+            bar.update(task, advance=1, tokens=count)
+
+        yield advance

@@ -1,0 +1,68 @@
+"""What every family shares: the model protocol, the weight-name table and `ModelConfig`'s way in.
+
+A family file holds a `nn.Module` with `forward(input_ids, positions, ctx)` and one `WEIGHTS` table from its
+own parameter names to the checkpoint's. `{i}` in both stands for the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flover.config import ModelConfig
+from flover.layers.attention import ForwardContext
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a parameter comes from: checkpoint names, and how they become one tensor (joined on dim 0)."""
+
+    names: tuple[str, ...]
+    op: Callable[[list[Tensor], ModelConfig], Tensor] = lambda tensors, _: torch.cat(tensors)
+
+
+def join(*names: str) -> Source:
+    """Concatenate checkpoint tensors on their output dimension (fused QKV, fused gate/up)."""
+    return Source(names)
+
+
+def transposed(name: str) -> Source:
+    """A weight stored `[in, out]` (GPT-2's Conv1D)."""
+    return Source((name,), lambda tensors, _: tensors[0].t())
+
+
+def per_head(name: str) -> Source:
+    """Fused QKV stored as `[heads, 3, head_dim]` (GPT-NeoX, BLOOM), put in the order `[3, heads, head_dim]`."""
+
+    def op(tensors: list[Tensor], config: ModelConfig) -> Tensor:
+        heads = tensors[0].view(config.num_heads, 3, config.head_dim, *tensors[0].shape[1:])
+        return heads.transpose(0, 1).flatten(0, 2)
+
+    return Source((name,), op)
+
+
+class CausalLM(Protocol):
+    """A family. `WEIGHTS`: parameter name -> checkpoint name or `Source`. `IGNORED`: regular expressions of
+    checkpoint names that carry nothing (buffers). `PREFIX`: put before checkpoint names that lack it (bare
+    base-model checkpoints).
+    `RENAMED`: other spellings of checkpoint names.
+    """
+
+    WEIGHTS: Mapping[str, str | Source]
+    IGNORED: tuple[str, ...]
+    PREFIX: str
+    RENAMED: Mapping[str, str]
+
+    def __init__(self, config: ModelConfig) -> None: ...
+
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        """`[num_tokens]`, `[num_tokens]` -> hidden states `[num_tokens, hidden_size]`, final norm applied."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden_size]` -> `[n, vocab_size]`."""
+        ...

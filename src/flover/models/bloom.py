@@ -1,0 +1,96 @@
+"""BLOOM (BigScience 2022): ALiBi instead of positions, and a norm right after the embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from flover.config import ModelConfig
+from flover.layers.attention import Attention, ForwardContext, alibi_slopes
+from flover.layers.embedding import Embedding, LMHead
+from flover.layers.linear import Linear
+from flover.layers.norm import LayerNorm
+from flover.models.base import Source, per_head
+from flover.models.gpt2 import GPT2MLP
+
+
+class BloomAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.attn = Attention(layer, config.head_dim**-0.5, alibi_slopes=alibi_slopes(config.num_heads))
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        out: Tensor = self.out_proj(self.attn(q, k, v, ctx))
+        return out
+
+
+class BloomBlock(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        eps = float(config.hf.get("layer_norm_epsilon", 1e-5))
+        self.input_norm = LayerNorm(config.hidden_size, eps)
+        self.self_attn = BloomAttention(config, layer)
+        self.post_norm = LayerNorm(config.hidden_size, eps)
+        self.mlp = GPT2MLP(config, 4 * config.hidden_size, "gelu_new")
+        self.normed_residual = bool(config.hf.get("apply_residual_connection_post_layernorm", False))
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        normed = self.input_norm(x)
+        x = (normed if self.normed_residual else x) + self.self_attn(normed, ctx)
+        normed = self.post_norm(x)
+        out: Tensor = (normed if self.normed_residual else x) + self.mlp(normed)
+        return out
+
+
+class BloomForCausalLM(nn.Module):
+    PREFIX: ClassVar[str] = "transformer."
+    IGNORED: ClassVar[tuple[str, ...]] = ()
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
+        "embed.weight": "transformer.word_embeddings.weight",
+        "embed_norm.weight": "transformer.word_embeddings_layernorm.weight",
+        "embed_norm.bias": "transformer.word_embeddings_layernorm.bias",
+        "layers.{i}.input_norm.weight": "transformer.h.{i}.input_layernorm.weight",
+        "layers.{i}.input_norm.bias": "transformer.h.{i}.input_layernorm.bias",
+        "layers.{i}.self_attn.qkv_proj.weight": per_head("transformer.h.{i}.self_attention.query_key_value.weight"),
+        "layers.{i}.self_attn.qkv_proj.bias": per_head("transformer.h.{i}.self_attention.query_key_value.bias"),
+        "layers.{i}.self_attn.out_proj.weight": "transformer.h.{i}.self_attention.dense.weight",
+        "layers.{i}.self_attn.out_proj.bias": "transformer.h.{i}.self_attention.dense.bias",
+        "layers.{i}.post_norm.weight": "transformer.h.{i}.post_attention_layernorm.weight",
+        "layers.{i}.post_norm.bias": "transformer.h.{i}.post_attention_layernorm.bias",
+        "layers.{i}.mlp.up_proj.weight": "transformer.h.{i}.mlp.dense_h_to_4h.weight",
+        "layers.{i}.mlp.up_proj.bias": "transformer.h.{i}.mlp.dense_h_to_4h.bias",
+        "layers.{i}.mlp.down_proj.weight": "transformer.h.{i}.mlp.dense_4h_to_h.weight",
+        "layers.{i}.mlp.down_proj.bias": "transformer.h.{i}.mlp.dense_4h_to_h.bias",
+        "norm.weight": "transformer.ln_f.weight",
+        "norm.bias": "transformer.ln_f.bias",
+        "lm_head.weight": "lm_head.weight",
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        eps = float(config.hf.get("layer_norm_epsilon", 1e-5))
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = LayerNorm(config.hidden_size, eps)
+        self.layers = nn.ModuleList(BloomBlock(config, i) for i in range(config.num_layers))
+        self.norm = LayerNorm(config.hidden_size, eps)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.tie(self.embed)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        x: Tensor = self.embed_norm(self.embed(input_ids))
+        for layer in self.layers:
+            x = layer(x, ctx)
+        out: Tensor = self.norm(x)
+        return out
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(hidden)
+        return out

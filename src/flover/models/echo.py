@@ -1,0 +1,66 @@
+"""EchoModel: no arithmetic that rounds, so addressing can be checked bitwise (DESIGN section 4, statement a).
+
+It writes every token id and its position into K and V of each layer through `store_kv`, reads each row's whole history
+back through the layout's own addressing, and its next token is an integer hash of all of it. Its tokens are equal in
+every trace, layout, reorder mode, depth, chunking and policy, or an address is wrong. K and V hold different functions
+of the token, so a cache that aliases them is seen too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from flover.config import ModelConfig
+from flover.kernels.reference.kv_cache import store_kv
+from flover.layers.attention import ForwardContext
+from flover.models.base import Source
+
+_MODULUS = 2_147_483_647  # products of two residues stay inside int64
+
+
+class EchoModel(nn.Module):
+    """head_dim >= 2. Logits are one-hot at the hash of the row's history."""
+
+    WEIGHTS: Mapping[str, str | Source] = {}
+    IGNORED: tuple[str, ...] = ()
+    PREFIX = ""
+    RENAMED: Mapping[str, str] = {}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
+        self.kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        """-> `[num_tokens, 1]` int64: the hash of each token's history up to itself."""
+        dtype = ctx.k_cache[0].dtype
+        shape = (len(input_ids), self.kv_heads, self.head_dim)
+        hashes = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
+        for layer in range(self.num_layers):
+            k, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+            k[..., 0], k[..., 1] = input_ids[:, None] + layer, positions[:, None]
+            v[..., 0], v[..., 1] = positions[:, None] + layer, input_ids[:, None] + 1
+            store_kv(k, v, ctx.k_cache[layer], ctx.v_cache[layer], ctx.slot_mapping)
+            for row in range(len(ctx.meta.seq_lens)):
+                begin, end = ctx.meta.query_start[row], ctx.meta.query_start[row + 1]
+                k_row, v_row = ctx.history(layer, row)
+                hashes[begin:end] += self._hash(k_row, v_row, layer)[-(end - begin) :]
+        return (hashes % _MODULUS)[:, None]
+
+    @staticmethod
+    def _hash(k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Running hash `[seq_len]` of a row's history; NaN anywhere poisons every later value."""
+        place = torch.arange(1, len(k) + 1, device=k.device)
+        # every head must agree: a head that differs changes the sum
+        fields = torch.cat((k[..., :2], v[..., :2]), -1).double().sum(1)  # [seq_len, 4]
+        fields = torch.nan_to_num(fields, nan=-12345.0).long()
+        weights = torch.tensor([1_000_003, 7_919, 104_729, 15_485_863], device=k.device)
+        mixed = (fields * weights).sum(-1) * (place * 2_654_435 % 1_000_033 + layer) % _MODULUS
+        return torch.cumsum(mixed, 0) % _MODULUS
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits = torch.zeros(len(hidden), self.vocab_size, device=hidden.device)
+        return logits.scatter_(1, hidden % self.vocab_size, 1.0)

@@ -1,0 +1,100 @@
+"""GPT-NeoX and Pythia (Black et al. 2022): attention and MLP side by side on two norms, partial rotary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from flover.config import ModelConfig
+from flover.layers.attention import Attention, ForwardContext
+from flover.layers.embedding import Embedding, LMHead
+from flover.layers.linear import Linear
+from flover.layers.norm import LayerNorm
+from flover.layers.rotary import Rotary, rope_parameters
+from flover.models.base import Source, per_head
+from flover.models.gpt2 import GPT2MLP
+from flover.models.llama import Tables
+
+
+class GPTNeoXAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        bias = bool(config.hf.get("attention_bias", True))
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size, bias)
+        self.attn = Attention(layer, config.head_dim**-0.5)
+
+    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        out: Tensor = self.out_proj(self.attn(rotary(q, tables), rotary(k, tables), v, ctx))
+        return out
+
+
+class GPTNeoXBlock(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        eps = float(config.hf.get("layer_norm_eps", 1e-5))
+        self.input_norm = LayerNorm(config.hidden_size, eps)
+        self.self_attn = GPTNeoXAttention(config, layer)
+        self.post_norm = LayerNorm(config.hidden_size, eps)
+        self.mlp = GPT2MLP(config, config.positive("intermediate_size"), str(config.hf.get("hidden_act", "gelu")))
+        self.parallel = bool(config.hf.get("use_parallel_residual", True))
+
+    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+        attended: Tensor = x + self.self_attn(self.input_norm(x), tables, rotary, ctx)
+        out: Tensor = attended + self.mlp(self.post_norm(x if self.parallel else attended))
+        return out
+
+
+class GPTNeoXForCausalLM(nn.Module):
+    PREFIX: ClassVar[str] = "gpt_neox."
+    IGNORED: ClassVar[tuple[str, ...]] = (
+        r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+        r"gpt_neox\.rotary_emb\.inv_freq",
+    )
+    RENAMED: ClassVar[Mapping[str, str]] = {"embed_out.weight": "lm_head.weight"}
+    WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
+        "embed.weight": "gpt_neox.embed_in.weight",
+        "layers.{i}.input_norm.weight": "gpt_neox.layers.{i}.input_layernorm.weight",
+        "layers.{i}.input_norm.bias": "gpt_neox.layers.{i}.input_layernorm.bias",
+        "layers.{i}.self_attn.qkv_proj.weight": per_head("gpt_neox.layers.{i}.attention.query_key_value.weight"),
+        "layers.{i}.self_attn.qkv_proj.bias": per_head("gpt_neox.layers.{i}.attention.query_key_value.bias"),
+        "layers.{i}.self_attn.out_proj.weight": "gpt_neox.layers.{i}.attention.dense.weight",
+        "layers.{i}.self_attn.out_proj.bias": "gpt_neox.layers.{i}.attention.dense.bias",
+        "layers.{i}.post_norm.weight": "gpt_neox.layers.{i}.post_attention_layernorm.weight",
+        "layers.{i}.post_norm.bias": "gpt_neox.layers.{i}.post_attention_layernorm.bias",
+        "layers.{i}.mlp.up_proj.weight": "gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight",
+        "layers.{i}.mlp.up_proj.bias": "gpt_neox.layers.{i}.mlp.dense_h_to_4h.bias",
+        "layers.{i}.mlp.down_proj.weight": "gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight",
+        "layers.{i}.mlp.down_proj.bias": "gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias",
+        "norm.weight": "gpt_neox.final_layer_norm.weight",
+        "norm.bias": "gpt_neox.final_layer_norm.bias",
+        "lm_head.weight": "lm_head.weight",
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GPTNeoXBlock(config, i) for i in range(config.num_layers))
+        self.norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_eps", 1e-5)))
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.tie(self.embed)
+        params = rope_parameters(config.hf)
+        share = float(params.get("partial_rotary_factor", config.hf.get("rotary_pct", 0.25)))
+        self.rotary = Rotary(int(config.head_dim * share), params, config.max_position_embeddings)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        x: Tensor = self.embed(input_ids)
+        tables = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        for layer in self.layers:
+            x = layer(x, tables, self.rotary, ctx)
+        out: Tensor = self.norm(x)
+        return out
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(hidden)
+        return out

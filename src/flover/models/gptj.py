@@ -1,0 +1,93 @@
+"""GPT-J (Wang & Komatsuzaki 2021): attention and MLP side by side on one norm, interleaved partial rotary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from flover.config import ModelConfig
+from flover.layers.attention import Attention, ForwardContext
+from flover.layers.embedding import Embedding, LMHead
+from flover.layers.linear import Linear
+from flover.layers.norm import LayerNorm
+from flover.layers.rotary import Rotary
+from flover.models.base import Source, join
+from flover.models.gpt2 import GPT2MLP
+from flover.models.llama import Tables
+
+
+class GPTJAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.attn = Attention(layer, config.head_dim**-0.5)
+
+    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        out: Tensor = self.out_proj(self.attn(rotary(q, tables), rotary(k, tables), v, ctx))
+        return out
+
+
+class GPTJBlock(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_epsilon", 1e-5)))
+        self.self_attn = GPTJAttention(config, layer)
+        size = config.positive("n_inner", 4 * config.hidden_size)
+        self.mlp = GPT2MLP(config, size, str(config.hf.get("activation_function", "gelu_new")))
+
+    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+        normed = self.input_norm(x)
+        out: Tensor = x + self.self_attn(normed, tables, rotary, ctx) + self.mlp(normed)
+        return out
+
+
+class GPTJForCausalLM(nn.Module):
+    PREFIX: ClassVar[str] = "transformer."
+    IGNORED: ClassVar[tuple[str, ...]] = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)",)
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
+        "embed.weight": "transformer.wte.weight",
+        "layers.{i}.input_norm.weight": "transformer.h.{i}.ln_1.weight",
+        "layers.{i}.input_norm.bias": "transformer.h.{i}.ln_1.bias",
+        "layers.{i}.self_attn.qkv_proj.weight": join(*(f"transformer.h.{{i}}.attn.{n}_proj.weight" for n in "qkv")),
+        "layers.{i}.self_attn.out_proj.weight": "transformer.h.{i}.attn.out_proj.weight",
+        "layers.{i}.mlp.up_proj.weight": "transformer.h.{i}.mlp.fc_in.weight",
+        "layers.{i}.mlp.up_proj.bias": "transformer.h.{i}.mlp.fc_in.bias",
+        "layers.{i}.mlp.down_proj.weight": "transformer.h.{i}.mlp.fc_out.weight",
+        "layers.{i}.mlp.down_proj.bias": "transformer.h.{i}.mlp.fc_out.bias",
+        "norm.weight": "transformer.ln_f.weight",
+        "norm.bias": "transformer.ln_f.bias",
+        "lm_head.weight": "lm_head.weight",
+        "lm_head.bias": "lm_head.bias",
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        rotary_dim = config.positive("rotary_dim", 64)
+        if rotary_dim > config.head_dim:
+            raise ValueError(f"rotary_dim {rotary_dim} is larger than the head dimension {config.head_dim}")
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GPTJBlock(config, i) for i in range(config.num_layers))
+        self.norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_epsilon", 1e-5)))
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=True)
+        if config.tie_word_embeddings:
+            self.lm_head.tie(self.embed)
+        params = {"rope_theta": 10000.0, "rope_type": "default"}
+        self.rotary = Rotary(rotary_dim, params, config.max_position_embeddings, interleaved=True)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        x: Tensor = self.embed(input_ids)
+        tables = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        for layer in self.layers:
+            x = layer(x, tables, self.rotary, ctx)
+        out: Tensor = self.norm(x)
+        return out
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(hidden)
+        return out

@@ -1,0 +1,108 @@
+"""OPT (Zhang et al. 2022): learned positions from 2 on, norms before or after, projected embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from flover.config import ModelConfig
+from flover.layers.activation import Activation
+from flover.layers.attention import Attention, ForwardContext
+from flover.layers.embedding import Embedding, LMHead
+from flover.layers.linear import Linear
+from flover.layers.norm import LayerNorm
+from flover.models.base import Source, join
+
+POSITION_OFFSET = 2  # fairseq kept the first two positions for padding
+
+
+def opt_norm(config: ModelConfig) -> LayerNorm:
+    return LayerNorm(config.hidden_size, 1e-5, affine=bool(config.hf.get("layer_norm_elementwise_affine", True)))
+
+
+class OPTBlock(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        hidden, size = config.hidden_size, config.positive("ffn_dim")
+        bias = bool(config.hf.get("enable_bias", True))
+        self.head_dim = config.head_dim
+        self.norm_first = bool(config.hf.get("do_layer_norm_before", True))
+        self.attn_norm = opt_norm(config)
+        self.qkv_proj = Linear(hidden, 3 * hidden, bias)
+        self.out_proj = Linear(hidden, hidden, bias)
+        self.attn = Attention(layer, config.head_dim**-0.5)
+        self.mlp_norm = opt_norm(config)
+        self.up_proj = Linear(hidden, size, bias)
+        self.act = Activation(str(config.hf.get("activation_function", "relu")))
+        self.down_proj = Linear(size, hidden, bias)
+
+    def attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        out: Tensor = self.out_proj(self.attn(q, k, v, ctx))
+        return out
+
+    def mlp(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        return out
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        if self.norm_first:
+            x = x + self.attend(self.attn_norm(x), ctx)
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attn_norm(x + self.attend(x, ctx))  # OPT-350m
+        out: Tensor = self.mlp_norm(x + self.mlp(x))
+        return out
+
+
+class OPTForCausalLM(nn.Module):
+    PREFIX: ClassVar[str] = "model."
+    IGNORED: ClassVar[tuple[str, ...]] = ()
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
+        "embed.weight": "model.decoder.embed_tokens.weight",
+        "embed_positions.weight": "model.decoder.embed_positions.weight",
+        "project_in.weight": "model.decoder.project_in.weight",
+        "layers.{i}.attn_norm.weight": "model.decoder.layers.{i}.self_attn_layer_norm.weight",
+        "layers.{i}.attn_norm.bias": "model.decoder.layers.{i}.self_attn_layer_norm.bias",
+        "layers.{i}.qkv_proj.weight": join(*(f"model.decoder.layers.{{i}}.self_attn.{n}_proj.weight" for n in "qkv")),
+        "layers.{i}.qkv_proj.bias": join(*(f"model.decoder.layers.{{i}}.self_attn.{n}_proj.bias" for n in "qkv")),
+        "layers.{i}.out_proj.weight": "model.decoder.layers.{i}.self_attn.out_proj.weight",
+        "layers.{i}.out_proj.bias": "model.decoder.layers.{i}.self_attn.out_proj.bias",
+        "layers.{i}.mlp_norm.weight": "model.decoder.layers.{i}.final_layer_norm.weight",
+        "layers.{i}.mlp_norm.bias": "model.decoder.layers.{i}.final_layer_norm.bias",
+        "layers.{i}.up_proj.weight": "model.decoder.layers.{i}.fc1.weight",
+        "layers.{i}.up_proj.bias": "model.decoder.layers.{i}.fc1.bias",
+        "layers.{i}.down_proj.weight": "model.decoder.layers.{i}.fc2.weight",
+        "layers.{i}.down_proj.bias": "model.decoder.layers.{i}.fc2.bias",
+        "norm.weight": "model.decoder.final_layer_norm.weight",
+        "norm.bias": "model.decoder.final_layer_norm.bias",
+        "project_out.weight": "model.decoder.project_out.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, dim = config.hidden_size, config.positive("word_embed_proj_dim", config.hidden_size)
+        self.embed = Embedding(config.vocab_size, dim)
+        self.embed_positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, hidden)
+        self.project_in: nn.Module = Linear(dim, hidden) if dim != hidden else nn.Identity()
+        self.layers = nn.ModuleList(OPTBlock(config, i) for i in range(config.num_layers))
+        last = config.hf.get("do_layer_norm_before", True) and not config.hf.get("_remove_final_layer_norm", False)
+        self.norm: nn.Module = opt_norm(config) if last else nn.Identity()
+        self.project_out: nn.Module = Linear(hidden, dim) if dim != hidden else nn.Identity()
+        self.lm_head = LMHead(dim, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.tie(self.embed)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        x = self.project_in(self.embed(input_ids)) + self.embed_positions(positions + POSITION_OFFSET)
+        for layer in self.layers:
+            x = layer(x, ctx)
+        out: Tensor = self.norm(x)
+        return out
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(self.project_out(hidden))
+        return out

@@ -1,0 +1,347 @@
+"""What a user asks for and what comes back: `SamplingParams`, `Request`, `RequestOutput`.
+
+Owns the public vocabulary of a generation and its validation: a `SamplingParams` that exists is valid on its own;
+what depends on the model (vocabulary, context) is checked by `validate_request`. No torch here. Field names and
+defaults follow vLLM and the OpenAI API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+MAX_N = 1024
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+MAX_LOGPROBS = 1024
+MAX_TOKENS = 2**31 - 1
+MAX_LIST = 65_536
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"  # EOS, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens or the model's context
+    ABORT = "abort"  # the caller withdrew it
+    ERROR = "error"  # NaN logits, a failed step; the request's `error` says why
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not low <= value <= high:  # NaN fails every comparison
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")
+    return value
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
+        raise ValueError(f"{name} must be a list of token ids, got {value!r}")
+    if len(value) > MAX_LIST:
+        raise ValueError(f"{name} holds {len(value)} ids, the limit is {MAX_LIST}")
+    return tuple(_integer(f"{name} entry", v, 0, MAX_TOKENS) for v in value)
+
+
+def _strings(name: str, value: Any, max_count: int = MAX_STOP_STRINGS) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
+    if len(value) > max_count:
+        raise ValueError(f"{name} holds {len(value)} strings, the limit is {max_count}")
+    for text in value:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{name} must hold non-empty strings, got {text!r}")
+        if len(text) > MAX_STOP_LENGTH:
+            raise ValueError(f"{name} holds a string of {len(text)} characters, the limit is {MAX_STOP_LENGTH}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{name} holds a lone surrogate, which no text can contain: {text!r}")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled and when it stops. Frozen; every field is checked at construction.
+
+    Args:
+        n: choices to generate for the prompt.
+        temperature: 0 is greedy; a value too small to divide by is greedy too.
+        top_k: keep the k best tokens (ties kept); 0 or -1 keeps all.
+        top_p: keep the smallest set of best tokens whose probability reaches top_p (ties kept).
+        min_p: keep tokens with at least min_p times the best token's probability.
+        repetition_penalty, presence_penalty, frequency_penalty: as in vLLM; the first counts the prompt too.
+        logit_bias: token id -> value added to its logit, in [-100, 100].
+        bad_words: strings that may not be generated.
+        allowed_token_ids: only these may be generated.
+        min_tokens: EOS and stop_token_ids are masked until this many tokens exist; stop strings wait too.
+        max_tokens: output limit; None is up to the context limit.
+        stop: strings that end the text; they are cut off unless include_stop_str_in_output.
+        stop_token_ids: ids that end the request besides EOS; the id is kept in `token_ids`, not in the text.
+        ignore_eos: go on after EOS.
+        seed: 64-bit seed; None draws one from the engine's seed.
+        logprobs: number of best log-probabilities of the raw logits per output token, beside the chosen one.
+        prompt_logprobs: the same for the prompt's tokens.
+        priority: lower runs first under order="priority".
+
+    Raises:
+        ValueError: naming the field, the value and the valid range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] = ()
+    allowed_token_ids: Sequence[int] | None = None
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        _integer("n", self.n, 1, MAX_N)
+        put("temperature", _number("temperature", self.temperature, 0.0, 1e4))
+        _integer("top_k", self.top_k, -1, MAX_TOKENS)
+        put("top_p", _number("top_p", self.top_p, 0.0, 1.0))
+        if self.top_p == 0.0:
+            raise ValueError("top_p must be in (0, 1], got 0")
+        put("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3))
+        put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        self._check_lists(put)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens {self.max_tokens}, got {self.min_tokens}")
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**64 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            _boolean(name, getattr(self, name))
+        _integer("priority", self.priority, -(2**31), 2**31)
+
+    def _check_lists(self, put: Any) -> None:
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LIST:
+                raise ValueError(f"logit_bias must map at most {MAX_LIST} token ids to numbers")
+            put(
+                "logit_bias",
+                {
+                    _integer(
+                        "logit_bias token id", int(k) if isinstance(k, str) and k.isdigit() else k, 0, MAX_TOKENS
+                    ): _number(f"logit_bias of token {k!r}", v, -100.0, 100.0)
+                    for k, v in self.logit_bias.items()
+                },
+            )
+        put("bad_words", _strings("bad_words", () if self.bad_words is None else self.bad_words, 1024))
+        put("stop", _strings("stop", () if self.stop is None else self.stop))
+        stop_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        put("stop_token_ids", _token_ids("stop_token_ids", stop_ids))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids is empty, so no token could be generated")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], base: SamplingParams | None = None) -> SamplingParams:
+        """`base` (or the defaults) with `values` on top; an unknown name is a ValueError with the nearest known one."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown sampling parameter {name!r}{nearest(name, known)}")
+        return replace(base or cls(), **dict(values))
+
+
+def nearest(name: str, known: set[str]) -> str:
+    """`; did you mean 'x'?` for the closest known name, or nothing."""
+    import difflib
+
+    match = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+class RowSampling(msgspec.Struct, frozen=True, array_like=True):
+    """What the sampler of one row is told when it joins: resolved, model-aware, msgspec-encodable."""
+
+    seed: int
+    choice: int = 0
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # each a sequence of token ids
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # all ids masked until min_tokens: EOS and the user's
+    logprobs: int = -1  # best log-probabilities wanted per token; -1: none at all
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the sampler must know the ids of the prompt and of earlier outputs when the row joins."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or any(len(w) > 1 for w in self.bad_words)
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability of a token under the raw logits; rank 1 is the best token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One row-to-be: a prompt, one choice of it, and its progress. Owned by the scheduler once added.
+
+    `token_ids` is the prompt followed by the confirmed outputs. Invariant: it only grows, and only in
+    `Scheduler.update`.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    sampling: RowSampling
+    max_output_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()  # every id that ends it: EOS and the user's
+    eos_token_ids: frozenset[int] = frozenset()  # those of them that give no stop_reason
+    prompt_logprobs: int = -1
+    priority: int = 0
+    cache_salt: str = ""
+    arrival_time: float = 0.0
+    sibling: Request | None = None  # choice 0 of the same prompt, whose prompt blocks this one may share
+    key: str = ""  # names the request to the KV allocator; unique for ever, unlike request_id
+    arrival: int = -1  # order of addition
+    row: int = -1  # in the running batch
+    num_prompt_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    num_in_flight: int = 0  # sampled tokens that the host has not seen yet
+    num_preemptions: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprob_list: list[TokenLogprobs | None] | None = None
+    cumulative_logprob: float = 0.0
+    first_scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    last_token_time: float = 0.0
+    finish_time: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Seconds on one clock; TTFT, TPOT and E2E as DESIGN section 1 defines them."""
+
+    arrival_time: float
+    first_scheduled_time: float
+    first_token_time: float
+    last_token_time: float
+    finished_time: float
+    num_output_tokens: int
+    num_preemptions: int
+
+    @property
+    def ttft(self) -> float:
+        return self.first_token_time - self.arrival_time
+
+    @property
+    def tpot(self) -> float:
+        return (self.last_token_time - self.first_token_time) / max(self.num_output_tokens - 1, 1)
+
+    @property
+    def e2e(self) -> float:
+        return self.last_token_time - self.arrival_time
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One choice. `text` holds whole characters only; `finish_reason` is None while it runs."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All choices of one prompt; `finished` once every choice has ended."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = field(default=None)

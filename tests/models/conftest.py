@@ -1,0 +1,34 @@
+"""Tiny checkpoints, each made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin on shared cores
+
+import pytest
+import torch
+import transformers
+from parity import CASES, Checkpoint, build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the products are tiny; handing them to other threads costs more than it gives
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """A case's checkpoint by name."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    made: dict[str, Checkpoint] = {}
+
+    def get(name: str) -> Checkpoint:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = Checkpoint(CASES[name], folder, build(CASES[name], folder))
+        return made[name]
+
+    return get

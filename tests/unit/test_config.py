@@ -1,0 +1,133 @@
+"""Settings: every wrong value is a one-line error that says what would work; resolve decides the rest, once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from flover.config import EngineConfig, Hardware, ModelConfig, resolve
+
+GIB = 1 << 30
+HF: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "eos_token_id": [1, 2],
+}
+TOKEN_BYTES = 2 * 16 * 8 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of auto, float64"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
+        ({"max_num_seqs": True}, "max_num_seqs must be an integer"),
+        ({"max_num_batched_tokens": 1.5}, "got 1.5"),
+        ({"max_model_len": "4k"}, "got '4k'"),
+        ({"kv_layout": "ring"}, "kv_layout must be one of paged, slab, got 'ring'"),
+        ({"reorder": "swap"}, "reorder must be one of off, move, indirect"),
+        ({"policy": "dynamic"}, "policy must be one of"),
+        ({"order": "lifo"}, "order must be one of"),
+        ({"overlap_depth": 2}, "overlap_depth must be 0 or 1, got 2"),
+        ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"seed": 2**64}, "seed must be below"),
+        ({"batch_invariant": 1}, "batch_invariant must be True or False"),
+        ({"model": ""}, "model must be a name or a folder"),
+        ({"num_kv_blocks": 4, "kv_cache_memory_bytes": 4}, "not both"),
+        ({"num_kv_blocks": 4, "kv_layout": "slab"}, "num_kv_blocks is for kv_layout='paged'"),
+    ],
+)
+def test_wrong_setting_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        EngineConfig(**options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": []}, "must name one architecture"),
+        ({"auto_map": {"AutoModel": "x"}}, "auto_map"),
+        ({"quantization_config": {"quant_method": "awq"}}, "(awq)"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
+        ({"hidden_size": None}, "config.json lacks hidden_size"),
+        ({"num_key_value_heads": 3}, "not divisible by num_key_value_heads 3"),
+        ({"hidden_size": 1000}, "hidden_size 1000 is not divisible"),
+    ],
+)
+def test_wrong_model_config_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        ModelConfig.from_dict({**HF, **change})
+    assert message in str(error.value)
+
+
+def test_generation_config_wins_on_eos() -> None:
+    assert ModelConfig.from_dict(HF).eos_token_ids == (1, 2)
+    assert ModelConfig.from_dict(HF, {"eos_token_id": 7}).eos_token_ids == (7,)
+
+
+def resolved(memory: int = 16 * GIB, weights: int = GIB, device: str = "cpu", **options: Any) -> Any:
+    return resolve(EngineConfig(**options), ModelConfig.from_dict(HF), Hardware(device, memory), weights)
+
+
+def test_defaults_fit_the_machine() -> None:
+    config = resolved()
+    assert config.engine.dtype == "float32"
+    assert config.kv.num_blocks * config.kv.block_size * TOKEN_BYTES <= 4 * GIB
+    assert config.scheduler.max_model_len == 4096
+    assert resolved(device="cuda").engine.dtype == "float32"  # the checkpoint's own
+
+
+def test_small_memory_cuts_the_context_and_says_so() -> None:
+    config = resolved(memory=int(1.2 * GIB))
+    assert 0 < config.scheduler.max_model_len < 4096
+    assert {s.name: s.origin for s in config.settings}["max_model_len"] == "machine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": GIB}, "the weights take 1.0 GiB but only 1.0 GiB is free"),
+        ({"memory": int(1.2 * GIB), "max_model_len": 4096}, "max_model_len="),
+        ({"kv_layout": "slab", "max_num_seqs": 500}, "would fit"),
+        ({"kv_cache_memory_bytes": 100 * GIB}, "is left beside the weights"),
+        ({"num_kv_blocks": 10**7}, "would fit"),
+        ({"max_model_len": 5000}, "longer than the model's 4096 positions"),
+    ],
+)
+def test_what_cannot_fit_says_what_would(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^[^\n]*$") as error:
+        resolved(**options)
+    assert message in str(error.value)
+
+
+def test_suggestion_for_a_slab_is_true() -> None:
+    with pytest.raises(ValueError, match="max_num_seqs=") as error:
+        resolved(kv_layout="slab", max_num_seqs=500)
+    fits = int(str(error.value).split("max_num_seqs=")[-1].split()[0])
+    assert resolved(kv_layout="slab", max_num_seqs=fits).kv.num_blocks == fits
+
+
+def test_origins_are_recorded() -> None:
+    settings = {s.name: s for s in resolved(max_num_seqs=7).settings}
+    assert settings["max_num_seqs"].origin == "given"
+    assert settings["dtype"].value == "float32"
+    assert settings["policy"].origin == "default"
+
+
+def test_decisions_import_no_torch() -> None:
+    code = (
+        "import sys, flover, flover.config, flover.request, flover.metrics, flover.kv.slab, flover.kv.paged, "
+        "flover.engine.policy, flover.engine.batch, flover.engine.scheduler; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
