@@ -65,6 +65,7 @@ def random_jobs(rng: random.Random, count: int, *, max_len: int = MODEL_LEN, abo
     """Random arrivals, lengths (log-uniform-ish), stop ids, aborts; some share a prefix."""
     stem = [rng.randrange(VOCAB) for _ in range(max_len)]
     jobs = []
+    sampled = rng.random() < 0.3
     for _ in range(count):
         length = rng.randint(1, rng.choice([4, 20, max_len - 1]))
         shared = rng.randint(0, length) if rng.random() < 0.4 else 0
@@ -75,7 +76,7 @@ def random_jobs(rng: random.Random, count: int, *, max_len: int = MODEL_LEN, abo
             job.stop_ids = frozenset(rng.sample(range(VOCAB), 8))
         if aborts and rng.random() < 0.15:
             job.abort_after = rng.randint(0, 10)
-        if rng.random() < 0.5:
+        if sampled and rng.random() < 0.5:
             job.temperature, job.seed = 0.2, rng.randrange(2**40)
         jobs.append(job)
     return jobs

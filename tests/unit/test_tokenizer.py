@@ -23,11 +23,17 @@ IDS = st.lists(st.integers(0, VOCAB + 3), max_size=60)
 
 
 def byte_fallback() -> Tokenizer:
-    """A SentencePiece-like tokenizer as LLaMA's: 256 byte tokens, then words, and a decoder that strips one space."""
-    words = ["▁a", "▁b", "b", "▁", "é", "▁😀"]
+    """A SentencePiece-like tokenizer as LLaMA's: 256 byte tokens, words, "~" for nothing, the first space stripped."""
+    words = ["▁a", "▁b", "b", "▁", "é", "▁😀", "~"]
     vocab = {f"<0x{i:02X}>": i for i in range(256)} | {word: 256 + i for i, word in enumerate(words)}
     backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="▁"))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.Replace("~", ""),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(steps)
     return Tokenizer(backend)
 
@@ -69,7 +75,6 @@ def test_random_bytes_stream_as_they_decode(ids: list[int]) -> None:
 @given(TEXT, st.data())
 def test_no_piece_ends_in_half_a_character(text: str, data: st.DataObject) -> None:
     text = text.replace("\ufffd", "?")
-    ids = [TOKENIZER.encode(bytes([b]).decode("latin-1"))[0] for b in b"a"]
     ids = [i for character in text for i in TOKENIZER.encode(character)]
     cut = data.draw(st.integers(0, len(ids)))
     detokenizer = IncrementalDetokenizer(TOKENIZER)
@@ -87,7 +92,7 @@ def test_half_a_character_at_the_end_is_one_replacement() -> None:
         assert "".join(stream(TOKENIZER, ids[:cut])) == "x\ufffd"
 
 
-@given(st.lists(st.integers(256, 261), max_size=30))
+@given(st.lists(st.integers(256, 262), max_size=30))
 def test_sentencepiece_spaces(ids: list[int]) -> None:
     assert "".join(stream(FALLBACK, ids)) == FALLBACK.decode(ids)
 
@@ -102,7 +107,7 @@ def test_byte_fallback_characters(text: str) -> None:
 
 def test_one_bad_byte_does_not_spoil_its_neighbours() -> None:
     ids = [256, *"€".encode(), 0xE2, 257]
-    assert "".join(stream(FALLBACK, ids)).startswith("a€")
+    assert "".join(stream(FALLBACK, ids)) == "a€\ufffd b"
 
 
 def test_space_at_the_joint_with_the_prompt() -> None:
@@ -236,8 +241,16 @@ def test_content_parts_are_joined() -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    ["hi", [], None, ["hi"], [{"content": "x"}], [{"role": 1, "content": "x"}], [{"role": "user"}]]
-    + [[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]],
+    [
+        "hi",
+        [],
+        None,
+        ["hi"],
+        [{"content": "x"}],
+        [{"role": 1, "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+    ],
 )
 def test_bad_messages(messages: object) -> None:
     with pytest.raises(ValueError, match="message") as error:
@@ -247,8 +260,14 @@ def test_bad_messages(messages: object) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('no\\nrobots') }}", "{% if", "{{ messages[0].nothing.at.all }}", "{{ 1 / 0 }}"]
-    + ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"],
+    [
+        "{{ raise_exception('no\\nrobots') }}",
+        "{% if",
+        "{{ messages[0].nothing.at.all }}",
+        "{{ 1 / 0 }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ],
 )
 def test_bad_templates(tmp_path: Path, template: str) -> None:
     tokenizer = with_template(tmp_path, chat_template=template)

@@ -6,7 +6,6 @@ by commands that need it.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,9 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = app(args=arguments, prog_name="flover", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:  # the reader went away: `flover ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except OSError as error:

@@ -69,6 +69,8 @@ class InputProcessor:
             if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise ValueError(f"a prompt has 'prompt' or 'prompt_token_ids', got {sorted(map(str, prompt))}")
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        elif prompt is None:
+            raise ValueError("prompt must be text or token ids, got None")
         else:
             ids = prompt
         if text is not None and not isinstance(text, str):

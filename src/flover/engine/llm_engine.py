@@ -169,18 +169,16 @@ class LLMEngine:
             self._count(output.stats)
         touched: dict[str, Prepared] = {}
         for request in output.requests:
-            prepared, choice = self._choices.get(request.request_id, (None, None))
-            if prepared is None or choice is None or choice.request is not request:
-                continue  # its stop string was found a step ago
+            prepared, choice = self._choices[request.request_id]
             if not final_only:
                 touched[prepared.request_id] = prepared
             if choice.params.stop and (stop := choice.read()) is not None:
                 self.core.finish(request.request_id, FinishReason.STOP, stop)
                 self._close(prepared, choice, touched)
         for request in output.finished:
-            prepared, choice = self._choices.get(request.request_id, (None, None))
-            if prepared is not None and choice is not None and choice.request is request:
-                self._close(prepared, choice, touched)
+            entry = self._choices.get(request.request_id)
+            if entry and entry[1].request is request:  # else its stop string was found a step ago
+                self._close(*entry, touched)
         return [self._output(prepared) for prepared in touched.values()]
 
     def has_unfinished_requests(self) -> bool:

@@ -36,29 +36,27 @@ class EchoModel(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """-> `[num_tokens, 1]` int64: the hash of each token's history up to itself."""
-        dtype = ctx.k_cache[0].dtype
         shape = (len(input_ids), self.kv_heads, self.head_dim)
-        hashes = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
+        hashes = torch.empty(len(input_ids), dtype=torch.int64, device=input_ids.device)
         for layer in range(self.num_layers):
-            k, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+            k, v = (torch.zeros(shape, dtype=ctx.k_cache[0].dtype, device=input_ids.device) for _ in "kv")
             k[..., 0], k[..., 1] = input_ids[:, None] + layer, positions[:, None]
             v[..., 0], v[..., 1] = positions[:, None] + layer, input_ids[:, None] + 1
             store_kv(k, v, ctx.k_cache[layer], ctx.v_cache[layer], ctx.slot_mapping)
-            for row in range(len(ctx.meta.seq_lens)):
-                begin, end = ctx.meta.query_start[row], ctx.meta.query_start[row + 1]
-                k_row, v_row = ctx.history(layer, row)
-                hashes[begin:end] += self._hash(k_row, v_row, layer)[-(end - begin) :]
-        return (hashes % _MODULUS)[:, None]
+        for row in range(len(ctx.meta.seq_lens)):
+            begin, end = ctx.meta.query_start[row], ctx.meta.query_start[row + 1]
+            parts = [part[..., :2] for layer in range(self.num_layers) for part in ctx.history(layer, row)]
+            hashes[begin:end] = self._hash(torch.cat(parts, -1))[begin - end :]
+        return hashes[:, None]
 
     @staticmethod
-    def _hash(k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """Running hash `[seq_len]` of a row's history; NaN anywhere poisons every later value."""
-        place = torch.arange(1, len(k) + 1, device=k.device)
-        # every head must agree: a head that differs changes the sum
-        fields = torch.cat((k[..., :2], v[..., :2]), -1).double().sum(1)  # [seq_len, 4]
-        fields = torch.nan_to_num(fields, nan=-12345.0).long()
-        weights = torch.tensor([1_000_003, 7_919, 104_729, 15_485_863], device=k.device)
-        mixed = (fields * weights).sum(-1) * (place * 2_654_435 % 1_000_033 + layer) % _MODULUS
+    def _hash(history: Tensor) -> Tensor:
+        """Running hash `[seq_len]` of `[seq_len, kv_heads, 4 * num_layers]`; a NaN changes every later value."""
+        # summed over the heads, so that one that differs shows
+        fields = torch.nan_to_num(history.double().sum(1), nan=-12345.0).long()
+        place = torch.arange(1, len(fields) + 1, device=fields.device)
+        weights = torch.arange(1, fields.shape[1] + 1, device=fields.device) * 7_919 + 1_000_003
+        mixed = (fields * weights).sum(-1) * (place * 2_654_435 % 1_000_033) % _MODULUS
         return torch.cumsum(mixed, 0) % _MODULUS
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

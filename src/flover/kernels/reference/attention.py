@@ -7,7 +7,9 @@ poisoned memory cannot leak into a result.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +42,9 @@ def gather_history(cache: Tensor, meta: AttentionMetadata, row: int, start: int 
     if meta.contiguous:
         base = int(meta.blocks[row][0]) * size
         return cache[base + start : base + length]
-    first, last = start // size, -(-length // size)
-    blocks = cache.view(-1, size, *cache.shape[1:])
-    gathered = blocks.index_select(0, meta.blocks[row][first:last]).flatten(0, 1)
+    first = start // size
+    blocks = meta.blocks[row][first:] if first else meta.blocks[row]
+    gathered = cache.view(-1, size * math.prod(cache.shape[1:])).index_select(0, blocks).view(-1, *cache.shape[1:])
     return gathered[start - first * size : length - first * size]
 
 
@@ -81,26 +83,29 @@ def attention(
     """
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[2]
     group = q.shape[1] // kv_heads
-    out = torch.empty_like(q)
-    for row, length in enumerate(meta.seq_lens):
-        begin, end = meta.query_start[row], meta.query_start[row + 1]
-        q_len = end - begin
+    plain = softcap is None and alibi is None
+    out: list[Tensor] = []
+    bounds = pairwise(meta.query_start)
+    for row, (query, length) in enumerate(zip(q.split([end - begin for begin, end in bounds]), meta.seq_lens)):
+        q_len = query.shape[0]
         if q_len == 0:
             continue
         start = 0 if window is None else max(0, length - q_len - window + 1)
         k = gather_history(k_cache, meta, row, start).transpose(0, 1)  # [kv_heads, keys, head_dim]
         v = gather_history(v_cache, meta, row, start).transpose(0, 1)
+        if plain and q_len == 1:  # decode: every call per row and layer counts
+            query = query.view(1, kv_heads, group, head_dim)
+            o = F.scaled_dot_product_attention(query, k[None], v[None], scale=scale)
+            out.append(o.reshape(1, -1, head_dim))
+            continue
         # [kv_heads, group * q_len, head_dim]
-        query = q[begin:end].view(q_len, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        query = query.view(q_len, kv_heads, group, head_dim).permute(1, 2, 0, 3)
         query = query.reshape(kv_heads, group * q_len, head_dim)
-        plain = softcap is None and alibi is None
         whole = q_len == length and window is None  # a prompt in one piece
         if plain and whole and group == 1:
             o = F.scaled_dot_product_attention(query[None], k[None], v[None], is_causal=True, scale=scale)[0]
         elif plain:
-            mask = None
-            if q_len > 1:
-                mask = _mask(meta, row, start, window, q.device).repeat(group, 1)
+            mask = _mask(meta, row, start, window, q.device).repeat(group, 1)
             o = F.scaled_dot_product_attention(query[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
         else:
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -114,6 +119,6 @@ def attention(
             scores = scores.masked_fill(~_mask(meta, row, start, window, q.device), float("-inf"))
             probs = scores.softmax(-1).to(q.dtype)
             o = probs.view(kv_heads, group * q_len, -1) @ v
-        o = o.view(kv_heads, group, q_len, head_dim).permute(2, 0, 1, 3)
-        out[begin:end] = o.reshape(q_len, -1, head_dim)
-    return out
+        o = o.reshape(kv_heads, group, q_len, head_dim).permute(2, 0, 1, 3)
+        out.append(o.reshape(q_len, -1, head_dim))
+    return torch.cat(out)
