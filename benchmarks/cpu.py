@@ -314,7 +314,7 @@ def host_time(folder: Path, rows: int, steps: int) -> dict[str, Any]:
         started = time.perf_counter()
         core.step()
         total.append(time.perf_counter() - started)
-    assert len(core.scheduler.rows) == rows
+    assert len(core.scheduler.table) == rows
     core.shutdown()
     return {
         "rows": rows,

@@ -25,12 +25,12 @@ class Linear(nn.Module):
         """Keep the weight only in the order in which oneDNN reads it; for serving fp32 on a CPU, else nothing happens.
 
         A plain product re-orders the weight at every call, on one thread, which at few rows costs more than the product:
-        on two cores of an EPYC (Zen 3) a packed one is 1.3 times as fast at 32 rows, 2 at 16 and 3 at 4.
+        on two AVX2 cores a packed one is 1.3 times as fast at 32 rows, 2 at 16 and 3 at 4.
         """
         weight = self.weight
         if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32 or self.batch_invariant:
             return
-        if torch.backends.mkldnn.is_available():
+        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), None
 
     def forward(self, x: Tensor) -> Tensor:
