@@ -296,6 +296,13 @@ CPU_KV_BYTES = 4 << 30  # reserved address range at most; pages are taken as the
 MEMORY_SHARE = 0.9  # of what is free after the weights
 
 
+def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
+    """The dtype to compute in: as given; auto is float32 on a CPU and the checkpoint's own elsewhere."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if device == "cpu" else model.dtype
+
+
 def weight_bytes(model: ModelConfig, folder: Path, dtype: str) -> int:
     """Bytes of the weights once loaded, from the sizes of the safetensors files and their dtype."""
     stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -321,8 +328,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
         return value
 
     device = decide("device", hardware.device, "machine", "a CUDA device if there is one")
-    auto = "float32" if device == "cpu" else model.dtype
-    dtype = config.dtype if config.dtype != "auto" else auto
+    dtype = effective_dtype(config, model, device)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"checkpoint dtype {dtype!r} is not supported; give dtype as one of {', '.join(DTYPE_BYTES)}")
     why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")

@@ -8,10 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig, ResolvedConfig, human, resolve, weight_bytes
-from flover.engine.engine import detect_hardware
-from flover.models.loader import resolve_model
-from flover.models.registry import model_class
+from flover.config import DTYPE_BYTES, EngineConfig, ResolvedConfig, effective_dtype, human, resolve
+from flover.engine.engine import survey
 
 LENGTHS = tuple(1 << n for n in range(7, 21))
 
@@ -19,12 +17,8 @@ LENGTHS = tuple(1 << n for n in range(7, 21))
 def run_plan(options: Mapping[str, Any]) -> int:
     """Print it; ValueError if it cannot work, after what is known has been printed."""
     config = EngineConfig(**options)
-    folder = resolve_model(config.model)
-    model = ModelConfig.from_folder(folder)
-    model_class(model.architecture)
-    hardware = detect_hardware(config.device)
-    dtype = config.dtype if config.dtype != "auto" else "float32" if hardware.device == "cpu" else model.dtype
-    weights = weight_bytes(model, folder, dtype)
+    folder, model, hardware, weights = survey(config)
+    dtype = effective_dtype(config, model, hardware.device)
     token_bytes = model.kv_elements_per_token * DTYPE_BYTES.get(dtype, 4)
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)

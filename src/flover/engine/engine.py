@@ -16,7 +16,16 @@ from typing import Protocol, cast
 
 import torch
 
-from flover.config import EngineConfig, Hardware, KVConfig, ModelConfig, ResolvedConfig, resolve, weight_bytes
+from flover.config import (
+    EngineConfig,
+    Hardware,
+    KVConfig,
+    ModelConfig,
+    ResolvedConfig,
+    effective_dtype,
+    resolve,
+    weight_bytes,
+)
 from flover.engine.batch import BatchPlan, StepResult
 from flover.engine.executor import ThreadExecutor
 from flover.engine.runner import ModelRunner
@@ -26,6 +35,7 @@ from flover.kv.paged import PagedLayout
 from flover.kv.protocol import KVLayout
 from flover.kv.slab import SlabLayout, SlabMode
 from flover.models.loader import resolve_model
+from flover.models.registry import model_class
 from flover.request import FinishReason, Request
 
 logger = logging.getLogger("flover")
@@ -68,6 +78,19 @@ def make_layout(kv: KVConfig) -> KVLayout:
     return PagedLayout(kv.num_blocks, kv.block_size, enable_prefix_caching=kv.prefix_caching)
 
 
+def survey(config: EngineConfig) -> tuple[Path, ModelConfig, Hardware, int]:
+    """What `resolve` needs to know, before anything is allocated: checkpoint folder, its config, machine, weight bytes.
+
+    Raises:
+        ValueError: a model that is not there or not known, a device that is not there.
+    """
+    folder = resolve_model(config.model)
+    model = ModelConfig.from_folder(folder)
+    model_class(model.architecture)
+    hardware = detect_hardware(config.device)
+    return folder, model, hardware, weight_bytes(model, folder, effective_dtype(config, model, hardware.device))
+
+
 class EngineCore:
     """Requests in, tokens out. Not thread-safe: one caller drives `step`.
 
@@ -82,19 +105,20 @@ class EngineCore:
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self.folder = resolve_model(config.model)
-        model = ModelConfig.from_folder(self.folder)
-        hardware = detect_hardware(config.device)
-        dtype = config.dtype if config.dtype != "auto" else "float32" if hardware.device == "cpu" else model.dtype
-        self.resolved: ResolvedConfig = resolve(config, model, hardware, weight_bytes(model, self.folder, dtype))
+        self.folder, model, hardware, weights = survey(config)
+        self.resolved: ResolvedConfig = resolve(config, model, hardware, weights)
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
         self._executor = executor or ThreadExecutor(ModelRunner(self.resolved, self.folder))
         self._in_flight: deque[tuple[Step, Future[StepResult]]] = deque()
         self._depth = config.overlap_depth
 
+    def check(self, request: Request) -> None:
+        """ValueError if a request could never be served: too long for the context or for the cache."""
+        self.scheduler.check(request)
+
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError if its id is live or it can never fit."""
+        """Queue a request; ValueError if its id is live or it could never be served."""
         request.arrival_time = request.arrival_time or self.clock()
         self.scheduler.add(request)
 

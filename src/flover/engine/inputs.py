@@ -21,7 +21,7 @@ class InputProcessor:
     """Checks and tokenises. Requests without a seed get one from a generator of its own, in order of preparation."""
 
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None) -> None:
-        self._scheduler, self._kv, self._model = config.scheduler, config.kv, config.model
+        self._scheduler, self._model = config.scheduler, config.model
         self._tokenizer = tokenizer
         self._seeds = random.Random(config.engine.seed)
 
@@ -54,7 +54,6 @@ class InputProcessor:
                 logprobs=None if params.logprobs is None else [],
             )
             requests.append(request)
-        self._check_room(requests[0])
         return text, requests
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
@@ -100,16 +99,6 @@ class InputProcessor:
                 raise ValueError(f"{name} holds {token_id!r}, which is no id of {vocabulary}")
             checked.append(value)
         return checked
-
-    def _check_room(self, request: Request) -> None:
-        room = self._kv.block_size * (1 if self._kv.layout == "slab" else self._kv.num_blocks)
-        prompt, output = request.num_prompt_tokens, request.max_output_tokens
-        if prompt + output - 1 > room:
-            fits = f"max_tokens={room + 1 - prompt} would" if prompt <= room else "the prompt alone cannot"
-            raise ValueError(
-                f"{prompt} prompt tokens and up to {output} output tokens never fit"
-                f" the KV cache of {room} tokens; {fits}"
-            )
 
     # ---- parameters ------------------------------------------------------------------------------------------------
 

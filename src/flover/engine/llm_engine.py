@@ -136,6 +136,7 @@ class LLMEngine:
         """Every check of `add_request`, without adding."""
         params = params or SamplingParams()
         text, requests = self._inputs.requests(request_id, prompt, params, priority, cache_salt)
+        self.core.check(requests[0])
         choices = [Choice(request, params, self.tokenizer) for request in requests]
         return Prepared(request_id, text, list(requests[0].token_ids), choices)
 

@@ -61,6 +61,7 @@ class Scheduler:
         self.table = RowTable(config.max_num_seqs)
         self._waiting: list[tuple[int, int, Request]] = []  # heap of (policy key, arrival, request)
         self._departing: list[Request] = []  # rows whose request is over, or preempted
+        self._complete: list[Request] = []  # rows whose every token is scheduled
         self._finished: list[Request] = []  # to report with the next output
         self._arrivals = 0
         self.num_waiting = 0
@@ -78,18 +79,24 @@ class Scheduler:
         """
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is already running")
-        limit = self._max_computed(request)
-        if limit > self.config.max_model_len:
-            raise ValueError(
-                f"a prompt of {request.num_prompt_tokens} tokens is longer than the context of "
-                f"{self.config.max_model_len}"
-            )
-        if not self.kv.fits(limit):
-            raise ValueError(self._never_fits(request))
+        self.check(request)
         request.arrival, request.key = self._arrivals, str(self._arrivals)
         self._arrivals += 1
         self.requests[request.request_id] = request
         self._enqueue(request)
+
+    def check(self, request: Request) -> None:
+        """ValueError if a request could never run: too long for the context, or for the cache (what fits is said)."""
+        prompt, context = request.num_prompt_tokens, self.config.max_model_len
+        if self._max_computed(request) > context:
+            raise ValueError(f"a prompt of {prompt} tokens is longer than the context of {context}")
+        if not self.kv.fits(self._max_computed(request)):
+            room = self.kv.block_size * (self.kv.num_blocks if self.paged else 1)
+            fits = f"max_tokens={room - prompt + 1} would" if prompt <= room else "the prompt alone cannot"
+            raise ValueError(
+                f"{prompt} prompt tokens and up to {request.max_output_tokens} output tokens can never fit "
+                f"the KV cache of {room} tokens; {fits}"
+            )
 
     def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a live request from outside: abort, or a stop string found in its text. Unknown ids are ignored."""
@@ -118,21 +125,22 @@ class Scheduler:
         if not self.table.requests and not self._waiting:
             return None
         before = list(self.table.requests) if self.config.record_timeline else []
-        self._depart_complete()
+        # the host knows the end of a row at its limit without seeing the token
+        self._departing += [request for request in self._complete if not request.finished]
+        self._complete = []
         tables: list[Table] = []
         self._grow(tables)
         moves, leaves, relocations, frozen = self._leave(tables)
-        prefill_step = self._is_prefill_step()
-        scheduled = self._decode_rows(prefill_step)
+        under_way = np.flatnonzero((self.table.computed < self.table.prefill) & (self.table.dead == 0))
+        chunks: dict[int, int] = {}
         joins: list[RowJoin] = []
-        if prefill_step:
-            scheduled, joins = self._prefill_rows(scheduled, tables, moves)
-            if not scheduled.any():  # separate, and nobody could join after all
-                scheduled = self._decode_rows(prefill_step=False)
+        if self._is_prefill_step(under_way):
+            chunks, joins = self._prefill_rows(under_way, tables, moves)
+        scheduled = self._scheduled(under_way, chunks)
         if not (scheduled.any() or leaves or frozen or moves):
             return None
         freed = self.kv.drain_freed()
-        ids, scored = self._prefill_ids(scheduled)
+        ids, scored = self._prefill_ids(chunks)
         plan = BatchPlan(
             step=self._steps,
             num_rows=len(self.table),
@@ -149,26 +157,20 @@ class Scheduler:
             reserved_blocks=self.kv.num_reserved_blocks,
         )
         self._steps += 1
-        return self._advance(plan, scheduled, before, started)
-
-    def _depart_complete(self) -> None:
-        """Rows whose every token is scheduled leave now: the host knows their end without seeing the token."""
-        for row in np.nonzero((self.table.computed >= self.table.limit) & (self.table.dead == 0))[0]:
-            if not self.table.requests[row].finished:  # else it is departing already
-                self._departing.append(self.table.requests[row])
+        return self._advance(plan, scheduled, chunks, before, started)
 
     def _grow(self, tables: list[Table]) -> None:
         """Blocks for decode rows at their capacity, oldest first; when they run out the youngest row is preempted."""
-        short = np.nonzero((self.table.computed >= self.table.capacity) & (self.table.dead == 0))[0]
+        computed, capacity = self.table.computed, self.table.capacity
+        short = np.flatnonzero(computed >= capacity)
         if not short.size:
             return
         short = short[np.argsort(self.table.arrival[short])]
         leaving = {request.arrival for request in self._departing}
-        capacity = self.table.capacity
-        for row, computed in zip(short.tolist(), self.table.computed[short].tolist()):
+        for row, length in zip(short.tolist(), computed[short].tolist()):
             request = self.table.requests[row]
             while request.arrival not in leaving:
-                grant = self.kv.extend(request.key, computed + 1)
+                grant = self.kv.extend(request.key, length + 1)
                 if grant is not None:
                     capacity[row] = grant.capacity
                     tables.append((request, grant.start, grant.block_ids))
@@ -218,6 +220,7 @@ class Scheduler:
         relocations = self.table.remove(leaves)
         frozen = sorted(request.row for request in departing if request.row >= 0)
         self.table.dead[frozen] = 1
+        self.table.capacity[frozen] = self.config.max_model_len + 1  # they never grow
         return [(m.src, m.dst, m.num_tokens) for m in reordering.moves], leaves, relocations, frozen
 
     def _give_back(self, request: Request) -> None:
@@ -228,38 +231,41 @@ class Scheduler:
             self.kv.commit(request.key, request.token_ids, known)
         self.kv.leave(request.key, bad)
 
-    def _is_prefill_step(self) -> bool:
+    def _is_prefill_step(self, under_way: IntArray) -> bool:
         """Mixed: always. Separate: prefill and decode alternate while there is work for both."""
         if self.config.prefill_mode == "mixed":
             return True
-        live = self.table.dead == 0
-        decoding = bool(((self.table.computed >= self.table.prefill) & live).any())
+        decoding = under_way.size < np.count_nonzero(self.table.dead == 0)
         if decoding and self._last_was_prefill:
             return False
-        prefilling = bool(((self.table.computed < self.table.prefill) & live).any())
-        return prefilling or not decoding or self._can_admit()
+        return under_way.size > 0 or not decoding or self._can_admit()
 
     def _can_admit(self) -> bool:
         return bool(self._waiting) and self.policy.admissible(len(self.table), self.config.max_num_seqs) > 0
 
-    def _decode_rows(self, prefill_step: bool) -> IntArray:
-        """One token for every decode row, and for frozen rows while any live row runs."""
-        if prefill_step and self.config.prefill_mode == "separate":
-            return np.zeros(len(self.table), dtype=np.int64)
-        computed, dead = self.table.computed, self.table.dead
-        return np.where(dead == 1, computed > 0, computed >= self.table.prefill).astype(np.int64)
+    def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> IntArray:
+        """Tokens per row: its prefill chunk, or one if it decodes (or is frozen) and prefill is not separate from that."""
+        decode = self.config.prefill_mode == "mixed" or not chunks
+        scheduled = np.full(len(self.table), decode, dtype=np.int64)
+        scheduled[under_way] = 0
+        if chunks:
+            scheduled[list(chunks)] = list(chunks.values())
+        return scheduled
 
     def _prefill_rows(
-        self, scheduled: IntArray, tables: list[Table], moves: list[tuple[int, int, int]]
-    ) -> tuple[IntArray, list[RowJoin]]:
-        """Prefill chunks within the token budget: rows under way first, then everyone who fits joins."""
-        budget = max(self.config.max_num_batched_tokens - int(scheduled.sum()), min(self.kv.block_size, 16))
+        self, under_way: IntArray, tables: list[Table], moves: list[tuple[int, int, int]]
+    ) -> tuple[dict[int, int], list[RowJoin]]:
+        """Prefill chunks (row -> tokens) within the budget: rows under way first, then everyone who fits joins."""
+        budget = self.config.max_num_batched_tokens
+        if self.config.prefill_mode == "mixed":
+            budget -= len(self.table) - under_way.size
+        budget = max(budget, min(self.kv.block_size, 16))
         chunks: dict[int, int] = {}
-        under_way = np.nonzero((self.table.computed < self.table.prefill) & (self.table.dead == 0))[0]
-        for row in under_way[np.argsort(self.table.arrival[under_way])]:
+        for row in under_way[np.argsort(self.table.arrival[under_way])].tolist() if under_way.size else ():
             chunk = min(int(self.table.prefill[row] - self.table.computed[row]), budget)
-            budget -= chunk
-            chunks[int(row)] = chunk
+            if chunk:
+                chunks[row] = chunk
+                budget -= chunk
         joins: list[RowJoin] = []
         skipped: list[tuple[int, int, Request]] = []
         places = self.policy.admissible(len(self.table), self.config.max_num_seqs)
@@ -283,19 +289,16 @@ class Scheduler:
             chunks[request.row] = chunk
         for entry in skipped:
             heapq.heappush(self._waiting, entry)
-        scheduled = np.concatenate((scheduled, np.zeros(len(joins), dtype=np.int64)))
-        scheduled[list(chunks)] = list(chunks.values())
-        return scheduled, joins
+        return chunks, joins
 
-    def _prefill_ids(self, scheduled: IntArray) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
+    def _prefill_ids(self, chunks: dict[int, int]) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
         """Ids of the scheduled prefill tokens, rows in order; and those to score where prompt_logprobs are wanted."""
         ids: list[int] = []
         scored: list[tuple[int, int, list[int]]] = []
-        prefilling = (self.table.computed < self.table.prefill) & (self.table.dead == 0) & (scheduled > 0)
-        for row in np.nonzero(prefilling)[0].tolist():
+        for row, chunk in sorted(chunks.items()):
             request = self.table.requests[row]
             start = int(self.table.computed[row])
-            end, prompt = start + int(scheduled[row]), request.num_prompt_tokens
+            end, prompt = start + chunk, request.num_prompt_tokens
             ids += request.token_ids[start:end]
             if request.prompt_logprobs >= 0 and len(request.prompt_logprob_list or ()) < prompt:
                 scored.append((row, request.prompt_logprobs, request.token_ids[start + 1 : min(end + 1, prompt)]))
@@ -340,12 +343,15 @@ class Scheduler:
         history = (request.token_ids[:prompt], request.token_ids[prompt:]) if request.sampling.needs_history else None
         return RowJoin(request.row, prompt, known, cached, request.sampling, history)
 
-    def _advance(self, plan: BatchPlan, scheduled: IntArray, before: list[Request], started: float) -> Step:
+    def _advance(
+        self, plan: BatchPlan, scheduled: IntArray, chunks: dict[int, int], before: list[Request], started: float
+    ) -> Step:
         """Optimistic bookkeeping once the plan stands: counts, who samples, statistics."""
         computed, prefill, live = self.table.computed, self.table.prefill, self.table.dead == 0
-        prefilling = (computed < prefill) & live
-        computed += scheduled * live
-        samples = (scheduled > 0) & live & (computed >= prefill)
+        prefilling = (computed < prefill) & live if self.config.record_timeline else None
+        advanced = scheduled * live
+        computed += advanced
+        samples = (advanced > 0) & (computed >= prefill)
         rows, token_ids, stop_ids = list(self.table.requests), list(self.table.token_ids), self.table.stop_ids
         last = computed >= self.table.limit
         sampled = rows
@@ -354,29 +360,31 @@ class Scheduler:
             sampled, token_ids = [rows[i] for i in which], [token_ids[i] for i in which]
             stop_ids, last = stop_ids[:, which], last[which]
         first: list[Request] = []
-        for row in np.nonzero(prefilling & (scheduled > 0))[0]:
+        for row in sorted(chunks):
             request = rows[row]
             self.kv.commit(request.key, request.token_ids, int(computed[row]))
             if samples[row]:
                 first.append(request)
-        stats = self._stats(plan, scheduled, prefilling, live, started)
-        self._last_was_prefill = stats.num_prefill_tokens > 0
-        if self.config.record_timeline:
+        ends = np.flatnonzero(last).tolist()
+        self._complete = [sampled[i] for i in ends]
+        self._last_was_prefill = bool(chunks)
+        stats = self._stats(plan, sum(chunks.values()), int(advanced.sum()), int(scheduled.sum()), started)
+        if prefilling is not None:
             stats.prefilling, stats.dead = prefilling.tolist(), (~live).tolist()
             record_rows(stats, plan, rows, before)
-        return Step(plan, rows, sampled, token_ids, stop_ids.copy(), np.nonzero(last)[0].tolist(), first, stats)
+        return Step(plan, rows, sampled, token_ids, stop_ids.copy(), ends, first, stats)
 
-    def _stats(self, plan: BatchPlan, scheduled: IntArray, prefilling: Mask, live: Mask, started: float) -> StepStats:
-        prefill, dead = int(scheduled[prefilling].sum()), int(scheduled[~live].sum())
+    def _stats(self, plan: BatchPlan, prefill: int, advanced: int, scheduled: int, started: float) -> StepStats:
+        """prefill, advanced, scheduled: tokens, each among the next."""
         blocks = self.kv.num_used_blocks if self.paged else self.kv.num_reserved_blocks
         return StepStats(
             step=plan.step,
             start=started,
-            num_running=int(live.sum()),
+            num_running=plan.num_rows - np.count_nonzero(self.table.dead),
             num_waiting=self.num_waiting,
             num_prefill_tokens=prefill,
-            num_decode_tokens=int(scheduled.sum()) - prefill - dead,
-            num_dead_rows=dead,
+            num_decode_tokens=advanced - prefill,
+            num_dead_rows=scheduled - advanced,
             kv_used_bytes=int(self.table.computed.sum()) * self.token_bytes,
             kv_reserved_bytes=blocks * self.kv.block_size * self.token_bytes,
             kv_moved_bytes=sum(move[2] for move in plan.moves) * self.token_bytes,
@@ -426,7 +434,7 @@ class Scheduler:
             if not request.finished:
                 request.error = message
                 self._finish(request, FinishReason.ERROR)
-        self._departing = []
+        self._departing, self._complete = [], []
         for request in self.table.requests:
             if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already
                 self.kv.leave(request.key, True)
@@ -444,16 +452,6 @@ class Scheduler:
     def _enqueue(self, request: Request) -> None:
         self.num_waiting += 1
         heapq.heappush(self._waiting, (self.policy.key(request), request.arrival, request))
-
-    def _never_fits(self, request: Request) -> str:
-        room = self.kv.num_blocks * self.kv.block_size if self.paged else self.kv.block_size
-        prompt = request.num_prompt_tokens
-        if prompt > room:
-            return f"a prompt of {prompt} tokens can never fit the KV cache of {room} tokens"
-        return (
-            f"{prompt} prompt tokens and up to {request.max_output_tokens} output tokens can never fit the KV cache of "
-            f"{room} tokens; max_tokens={room - prompt + 1} would"
-        )
 
     @staticmethod
     def _max_computed(request: Request) -> int:

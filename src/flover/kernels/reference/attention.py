@@ -86,7 +86,7 @@ def attention(
     plain = softcap is None and alibi is None
     out: list[Tensor] = []
     bounds = pairwise(meta.query_start)
-    for row, (query, length) in enumerate(zip(q.split([end - begin for begin, end in bounds]), meta.seq_lens)):
+    for row, (query, length) in enumerate(zip(torch.split(q, [end - begin for begin, end in bounds]), meta.seq_lens)):
         q_len = query.shape[0]
         if q_len == 0:
             continue
