@@ -17,10 +17,10 @@ demo: $(VENV)/.run
 	$(BIN)/flover generate --input examples/demo.jsonl --timeline demo-timeline.png
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks scripts

@@ -186,16 +186,13 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Give its memory up and queue it again; tokens still in flight for it stay valid and are awaited first."""
-        request.status = RequestStatus.PREEMPTED
         self._disturbed = self._steps
         request.num_preemptions += 1
         request.num_in_flight = max(0, int(self.table.computed[request.row]) + 1 - len(request.token_ids))
-        if len(request.prompt_logprob_list or ()) < request.num_prompt_tokens:
-            request.prompt_logprob_list = None
         # memory is free at once: the row's last plan runs before any plan that reuses it
         self._give_back(request)
         self._departing.append(request)
-        self._enqueue(request)
+        self._requeue(request)
 
     def _leave(
         self, tables: list[Table]
@@ -244,7 +241,7 @@ class Scheduler:
         return bool(self._waiting) and self.policy.admissible(len(self.table), self.config.max_num_seqs) > 0
 
     def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> IntArray:
-        """Tokens per row: its prefill chunk, or one if it decodes (or is frozen) and prefill is not separate from that."""
+        """Tokens per row: its prefill chunk; one if it decodes or is frozen, unless this step is for prefill alone."""
         decode = self.config.prefill_mode == "mixed" or not chunks
         scheduled = np.full(len(self.table), decode, dtype=np.int64)
         scheduled[under_way] = 0
@@ -380,7 +377,7 @@ class Scheduler:
         return StepStats(
             step=plan.step,
             start=started,
-            num_running=plan.num_rows - np.count_nonzero(self.table.dead),
+            num_running=plan.num_rows - int(np.count_nonzero(self.table.dead)),
             num_waiting=self.num_waiting,
             num_prefill_tokens=prefill,
             num_decode_tokens=advanced - prefill,
@@ -439,8 +436,7 @@ class Scheduler:
             if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already
                 self.kv.leave(request.key, True)
             if not request.finished:
-                request.status = RequestStatus.PREEMPTED
-                self._enqueue(request)
+                self._requeue(request)
         for request in self.requests.values():
             request.num_in_flight = 0
         self.kv.reset_cache()
@@ -452,6 +448,13 @@ class Scheduler:
     def _enqueue(self, request: Request) -> None:
         self.num_waiting += 1
         heapq.heappush(self._waiting, (self.policy.key(request), request.arrival, request))
+
+    def _requeue(self, request: Request) -> None:
+        """Back to the queue, at its place of arrival, to be computed anew from its known tokens."""
+        request.status = RequestStatus.PREEMPTED
+        if len(request.prompt_logprob_list or ()) < request.num_prompt_tokens:
+            request.prompt_logprob_list = None  # scored in part: the recomputation scores them all
+        self._enqueue(request)
 
     @staticmethod
     def _max_computed(request: Request) -> int:

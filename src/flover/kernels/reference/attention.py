@@ -85,9 +85,8 @@ def attention(
     group = q.shape[1] // kv_heads
     plain = softcap is None and alibi is None
     out: list[Tensor] = []
-    bounds = pairwise(meta.query_start)
-    for row, (query, length) in enumerate(zip(torch.split(q, [end - begin for begin, end in bounds]), meta.seq_lens)):
-        q_len = query.shape[0]
+    q_lens = [end - begin for begin, end in pairwise(meta.query_start)]
+    for row, (query, q_len, length) in enumerate(zip(q.split_with_sizes(q_lens), q_lens, meta.seq_lens)):
         if q_len == 0:
             continue
         start = 0 if window is None else max(0, length - q_len - window + 1)
