@@ -72,10 +72,10 @@ class ModelConfig:
             raise ValueError("config.json has auto_map: this checkpoint needs code of its own, which is never run")
         for name in QUANTISED:
             if hf.get(name):
-                method = dict(hf[name]).get("quant_method", "unknown")
+                method = hf[name].get("quant_method", "unknown") if isinstance(hf[name], Mapping) else hf[name]
                 raise ValueError(f"config.json has {name} ({method}): pre-quantised checkpoints are not supported")
         architectures = hf.get("architectures") or []
-        if len(architectures) != 1:
+        if not isinstance(architectures, list) or len(architectures) != 1:
             raise ValueError(f"config.json must name one architecture, got {architectures!r}")
 
         def need(*names: str, default: int | None = None) -> int:
@@ -84,7 +84,9 @@ class ModelConfig:
         hidden = need("hidden_size", "n_embd", "n_embed", "d_model")
         heads = need("num_attention_heads", "n_head", "num_heads")
         eos = dict(generation or {}).get("eos_token_id", hf.get("eos_token_id"))
-        ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise ValueError(f"eos_token_id must be a token id or a list of them, got {eos!r}")
         if hf.get("head_dim") is None and hidden % heads:
             raise ValueError(f"config.json: hidden_size {hidden} is not divisible by num_attention_heads {heads}")
         kv_heads = need("num_key_value_heads", default=heads)
@@ -105,7 +107,7 @@ class ModelConfig:
                 hf.get("tie_word_embeddings", TIED_BY_DEFAULT.get(str(hf.get("model_type")), False))
             ),
             dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch."),
-            eos_token_ids=tuple(int(i) for i in ids),
+            eos_token_ids=tuple(ids),
             hf=dict(hf),
         )
 
@@ -229,6 +231,8 @@ class EngineConfig:
                 optional = value is None and "None" in str(spec.type)
                 if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                     raise ValueError(f"{spec.name} must be an integer of at least {low}, got {value!r}")
+        if (self.num_threads or 0) > MAX_THREADS:
+            raise ValueError(f"num_threads must be at most {MAX_THREADS}, got {self.num_threads}")
         if self.overlap_depth > 1:
             raise ValueError(f"overlap_depth must be 0 or 1, got {self.overlap_depth}")
         if self.seed >= 2**64:
@@ -290,6 +294,7 @@ class ResolvedConfig:
     settings: tuple[Setting, ...]
 
 
+MAX_THREADS = 4096
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 CPU_KV_BYTES = 4 << 30  # reserved address range at most; pages are taken as they are written
@@ -356,6 +361,8 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
     else:
         blocks = config.num_kv_blocks or min(budget // (block * token_bytes), seqs * -(-length // block))
         why["num_kv_blocks"] = ("machine", f"blocks of {human(block * token_bytes)} in {human(budget)}")
+        if blocks < 1:
+            raise ValueError(f"the {human(budget)} for the KV cache hold no block: {human(block * token_bytes)} would")
         if "max_model_len" not in given and blocks * block < length:
             length = blocks * block
             why["max_model_len"] = ("machine", f"cut to the {blocks} blocks that the cache has")
@@ -402,6 +409,10 @@ def _check_length(config: EngineConfig, model: ModelConfig, length: int) -> None
 
 def _does_not_fit(config: EngineConfig, length: int, seqs: int, token_bytes: int, limit: int) -> str:
     tokens = limit // token_bytes
+    if config.num_kv_blocks is not None:
+        size = human(config.num_kv_blocks * config.block_size * token_bytes)
+        fits = f"num_kv_blocks={tokens // config.block_size} would fit"
+        return f"num_kv_blocks={config.num_kv_blocks} takes {size}, {human(limit)} is free: {fits}"
     if config.kv_layout == "slab":
         return (
             f"a slab of max_num_seqs={seqs} x max_model_len={length} takes {human(seqs * length * token_bytes)}, "

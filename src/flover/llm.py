@@ -17,7 +17,7 @@ from flover.config import EngineConfig, Setting, generation_defaults
 from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.metrics import Timeline
-from flover.request import RequestOutput, SamplingParams, nearest
+from flover.request import RequestOutput, SamplingParams, nearest, show
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Conversation = Sequence[Mapping[str, Any]]
@@ -120,6 +120,7 @@ class LLM:
         step = 0
         try:
             while waiting or live:
+                self._need_open()
                 step = step if live else waiting[-1][0]
                 while waiting and waiting[-1][0] <= step:
                     one = waiting.pop()[2]
@@ -204,18 +205,23 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _need_open(self) -> None:
+        if self._closed:
+            raise ValueError("this LLM is closed")
+
     # ---- helpers -----------------------------------------------------------------------------------------
 
     def _prepare(self, prompts: Any, params: Params) -> list[Prepared]:
         """Check everything; queue nothing."""
-        if self._closed:
-            raise ValueError("this LLM is closed")
+        self._need_open()
         if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and not _is_prompt(prompts[0])):
             prompts = [prompts]
         if not _is_list(prompts):
-            raise ValueError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+            raise ValueError(f"prompts must be a prompt or a list of prompts, got {show(prompts)}")
         if params is None:
             params = self.get_default_sampling_params()
+        if not isinstance(params, SamplingParams) and not _is_list(params):
+            raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {show(params)}")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling_params were given for {len(prompts)} prompts")

@@ -36,30 +36,39 @@ class FinishReason(str, Enum):
     ERROR = "error"  # NaN logits, a failed step; the request's `error` says why
 
 
+def show(value: Any) -> str:
+    """A value for an error message: one line, not too long, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of thousands of digits has no repr
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def _number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        raise ValueError(f"{name} must be a number, got {show(value)} ({type(value).__name__})")
     if not low <= value <= high:  # NaN fails every comparison
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {show(value)}")
     return float(value)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+        raise ValueError(f"{name} must be an integer, got {show(value)} ({type(value).__name__})")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value!r}")
+        raise ValueError(f"{name} must be in [{low}, {high}], got {show(value)}")
     return value
 
 
 def _boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {show(value)}")
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
-        raise ValueError(f"{name} must be a list of token ids, got {value!r}")
+        raise ValueError(f"{name} must be a list of token ids, got {show(value)}")
     if len(value) > MAX_LIST:
         raise ValueError(f"{name} holds {len(value)} ids, the limit is {MAX_LIST}")
     return tuple(_integer(f"{name} entry", v, 0, MAX_TOKENS) for v in value)
@@ -69,16 +78,16 @@ def _strings(name: str, value: Any, max_count: int = MAX_STOP_STRINGS) -> tuple[
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
+        raise ValueError(f"{name} must be a string or a list of strings, got {show(value)}")
     if len(value) > max_count:
         raise ValueError(f"{name} holds {len(value)} strings, the limit is {max_count}")
     for text in value:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{name} must hold non-empty strings, got {text!r}")
+            raise ValueError(f"{name} must hold non-empty strings, got {show(text)}")
         if len(text) > MAX_STOP_LENGTH:
             raise ValueError(f"{name} holds a string of {len(text)} characters, the limit is {MAX_STOP_LENGTH}")
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"{name} holds a lone surrogate, which no text can contain: {text!r}")
+            raise ValueError(f"{name} holds a lone surrogate, which no text can contain: {show(text)}")
     return tuple(value)
 
 
@@ -170,8 +179,11 @@ class SamplingParams:
                 "logit_bias",
                 {
                     _integer(
-                        "logit_bias token id", int(k) if isinstance(k, str) and k.isdigit() else k, 0, MAX_TOKENS
-                    ): _number(f"logit_bias of token {k!r}", v, -100.0, 100.0)
+                        "logit_bias token id",
+                        int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else k,
+                        0,
+                        MAX_TOKENS,
+                    ): _number(f"logit_bias of token {show(k)}", v, -100.0, 100.0)
                     for k, v in self.logit_bias.items()
                 },
             )

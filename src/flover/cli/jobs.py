@@ -101,6 +101,9 @@ def _job(index: int, entry: Any, where: str) -> Job:
     return Job(index, str(request_id), prompt, sampling, arrival, where)
 
 
+BEGINNING = b'{"index": '  # of every line that `OutputFile` writes
+
+
 class OutputFile:
     """Finished outputs, one JSON line each, appended and synced as they come. `done` are the indices already there.
 
@@ -114,8 +117,10 @@ class OutputFile:
         self._index = {job.request_id: job.index for job in jobs}
         end = 0
         if path.exists():
+            if not path.is_file():
+                raise ValueError(f"{path} is not a regular file")
             for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
                     break  # torn by an interruption: written again
                 self.done.add(self._check(line, jobs, f"{path}:{number}"))
                 end += len(line)

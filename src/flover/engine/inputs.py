@@ -11,7 +11,7 @@ from operator import index
 from typing import Any
 
 from flover.config import ResolvedConfig
-from flover.request import Request, RowSampling, SamplingParams
+from flover.request import Request, RowSampling, SamplingParams, show
 from flover.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -30,7 +30,13 @@ class InputProcessor:
     ) -> tuple[str | None, list[Request]]:
         """-> the prompt's text, if there is one, and a request for each of its n choices."""
         if not isinstance(request_id, str) or not request_id:
-            raise ValueError(f"request_id must be a non-empty string, got {request_id!r}")
+            raise ValueError(f"request_id must be a non-empty string, got {show(request_id)}")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling parameters must be a SamplingParams, got {show(params)}")
+        if priority is not None and (isinstance(priority, bool) or not isinstance(priority, int)):
+            raise ValueError(f"priority must be an integer, got {show(priority)}")
+        if not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt must be a string, got {show(cache_salt)}")
         text, ids = self._prompt(prompt)
         self._check(params)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
@@ -73,7 +79,7 @@ class InputProcessor:
         else:
             ids = prompt
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"prompt must be text, got {text!r}")
+            raise ValueError(f"prompt must be text, got {show(text)}")
         if ids is not None:
             ids = self._token_ids("prompt_token_ids", ids)
         elif text:
@@ -87,7 +93,7 @@ class InputProcessor:
 
     def _token_ids(self, name: str, ids: Any) -> list[int]:
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
-            raise ValueError(f"{name} must be a list of token ids, got {ids!r}")
+            raise ValueError(f"{name} must be a list of token ids, got {show(ids)}")
         checked = []
         for token_id in ids:
             try:
@@ -96,7 +102,7 @@ class InputProcessor:
                 value = -1
             if isinstance(token_id, bool) or not 0 <= value < self._model.vocab_size:
                 vocabulary = f"the vocabulary of {self._model.vocab_size}"
-                raise ValueError(f"{name} holds {token_id!r}, which is no id of {vocabulary}")
+                raise ValueError(f"{name} holds {show(token_id)}, which is no id of {vocabulary}")
             checked.append(value)
         return checked
 

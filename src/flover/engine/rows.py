@@ -11,56 +11,44 @@ import numpy as np
 from flover.engine.batch import IntArray
 from flover.request import Request
 
+NEVER = np.iinfo(np.int64).max
+
 
 class RowTable:
-    """Requests by row, and per row the tokens computed (optimistic), to prefill, to compute in all, and that fit.
-
-    A dead row's request is over but its row still computes (reorder "off", policy "static").
+    """Requests by row, and arrays `[rows]`. A dead row's request is over but its row still computes (reorder "off",
+    policy "static").
     """
+
+    computed: IntArray  # tokens in the cache, optimistic
+    prefill: IntArray  # of which known when the request joined
+    limit: IntArray  # tokens to compute in all
+    edge: IntArray  # where the row must be looked at again: its blocks are full, or its limit is reached
+    arrival: IntArray
+    dead: IntArray
+    stop_ids: IntArray  # [most stop ids of any row, rows], -1: none
 
     def __init__(self, max_rows: int) -> None:
         self.requests: list[Request] = []
         self.token_ids: list[list[int]] = []  # each request's own list, to append to
         self._state = np.zeros((6, max_rows), dtype=np.int64)
-        self._stop_ids = np.full((1, max_rows), -1, dtype=np.int64)  # [most stop ids of any row, rows], -1: none
+        self._stop_ids = np.full((1, max_rows), -1, dtype=np.int64)
+        self._view()
 
     def __len__(self) -> int:
         return len(self.requests)
 
-    @property
-    def computed(self) -> IntArray:
-        return self._state[0, : len(self.requests)]
-
-    @property
-    def prefill(self) -> IntArray:
-        return self._state[1, : len(self.requests)]
-
-    @property
-    def limit(self) -> IntArray:
-        return self._state[2, : len(self.requests)]
-
-    @property
-    def capacity(self) -> IntArray:
-        return self._state[3, : len(self.requests)]
-
-    @property
-    def arrival(self) -> IntArray:
-        return self._state[4, : len(self.requests)]
-
-    @property
-    def dead(self) -> IntArray:
-        return self._state[5, : len(self.requests)]
-
-    @property
-    def stop_ids(self) -> IntArray:
-        return self._stop_ids[:, : len(self.requests)]
+    def _view(self) -> None:
+        """The arrays end where the rows do."""
+        k = len(self.requests)
+        self.computed, self.prefill, self.limit, self.edge, self.arrival, self.dead = self._state[:, :k]
+        self.stop_ids = self._stop_ids[:, :k]
 
     def append(self, request: Request, *, computed: int, limit: int, capacity: int) -> None:
         """A request joins behind the last row."""
         row = request.row = len(self.requests)
         self.requests.append(request)
         self.token_ids.append(request.token_ids)
-        self._state[:, row] = computed, len(request.token_ids), limit, capacity, request.arrival, 0
+        self._state[:, row] = computed, len(request.token_ids), limit, min(capacity, limit), request.arrival, 0
         ids = list(request.stop_token_ids)
         missing = len(ids) - self._stop_ids.shape[0]
         if missing > 0:
@@ -68,6 +56,17 @@ class RowTable:
             self._stop_ids = np.concatenate((self._stop_ids, more))
         self._stop_ids[:, row] = -1
         self._stop_ids[: len(ids), row] = ids
+        self._view()
+
+    def bound(self, rows: list[int], capacities: list[int]) -> None:
+        """Rows have got room for so many tokens."""
+        self.edge[rows] = np.minimum(capacities, self.limit[rows])
+
+    def freeze(self, rows: list[int]) -> None:
+        """Rows die where they are: they compute on, but neither prefill nor advance to any edge."""
+        self.dead[rows] = 1
+        self.prefill[rows] = 0
+        self.edge[rows] = NEVER
 
     def remove(self, leaves: list[int]) -> list[tuple[int, int]]:
         """Rows (ascending) go, the others close up; the relocations (src, dst) that it took."""
@@ -85,4 +84,5 @@ class RowTable:
         self._state[:, holes] = self._state[:, sources]
         self._stop_ids[:, holes] = self._stop_ids[:, sources]
         del requests[count:], self.token_ids[count:]
+        self._view()
         return list(zip(sources, holes))

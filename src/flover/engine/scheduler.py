@@ -24,7 +24,6 @@ from flover.kv.protocol import Grant, KVLayout
 from flover.metrics import StepStats
 from flover.request import FinishReason, Request, RequestStatus
 
-Mask = npt.NDArray[np.bool_]
 Table = tuple[Request, int, list[int]]  # (who, first entry, block ids)
 
 
@@ -62,6 +61,7 @@ class Scheduler:
         self._waiting: list[tuple[int, int, Request]] = []  # heap of (policy key, arrival, request)
         self._departing: list[Request] = []  # rows whose request is over, or preempted
         self._complete: list[Request] = []  # rows whose every token is scheduled
+        self._short: list[tuple[int, int, Request]] = []  # rows whose blocks are full: arrival, tokens computed
         self._finished: list[Request] = []  # to report with the next output
         self._arrivals = 0
         self.num_waiting = 0
@@ -127,25 +127,25 @@ class Scheduler:
         before = list(self.table.requests) if self.config.record_timeline else []
         # the host knows the end of a row at its limit without seeing the token
         self._departing += [request for request in self._complete if not request.finished]
-        self._complete = []
         tables: list[Table] = []
         self._grow(tables)
+        self._complete, self._short = [], []
         moves, leaves, relocations, frozen = self._leave(tables)
-        under_way = np.flatnonzero((self.table.computed < self.table.prefill) & (self.table.dead == 0))
+        under_way = (self.table.computed < self.table.prefill).nonzero()[0]
         chunks: dict[int, int] = {}
         joins: list[RowJoin] = []
         if self._is_prefill_step(under_way):
             chunks, joins = self._prefill_rows(under_way, tables, moves)
         scheduled = self._scheduled(under_way, chunks)
-        if not (scheduled.any() or leaves or frozen or moves):
+        if not (np.count_nonzero(scheduled) or leaves or frozen or moves):
             return None
         freed = self.kv.drain_freed()
         ids, scored = self._prefill_ids(chunks)
         plan = BatchPlan(
             step=self._steps,
             num_rows=len(self.table),
-            num_scheduled=scheduled.astype(np.int32).tobytes(),
-            prefill_ids=np.array(ids, dtype=np.int32).tobytes(),
+            num_scheduled=scheduled.tobytes(),
+            prefill_ids=np.array(ids, dtype=np.int32).tobytes() if ids else b"",
             moves=moves,
             freed=freed if self.debug_poison else [],
             leaves=leaves,
@@ -161,23 +161,25 @@ class Scheduler:
 
     def _grow(self, tables: list[Table]) -> None:
         """Blocks for decode rows at their capacity, oldest first; when they run out the youngest row is preempted."""
-        computed, capacity = self.table.computed, self.table.capacity
-        short = np.flatnonzero(computed >= capacity)
-        if not short.size:
+        if not self._short:
             return
-        short = short[np.argsort(self.table.arrival[short])]
+        short = sorted(self._short)
         leaving = {request.arrival for request in self._departing}
-        for row, length in zip(short.tolist(), computed[short].tolist()):
-            request = self.table.requests[row]
-            while request.arrival not in leaving:
-                grant = self.kv.extend(request.key, length + 1)
+        extend = self.kv.extend
+        rows: list[int] = []
+        capacities: list[int] = []
+        for arrival, computed, request in short:
+            while arrival not in leaving:
+                grant = extend(request.key, computed + 1)
                 if grant is not None:
-                    capacity[row] = grant.capacity
+                    rows.append(request.row)
+                    capacities.append(grant.capacity)
                     tables.append((request, grant.start, grant.block_ids))
                     break
                 victim = self._youngest(leaving)
                 self._preempt(victim)
                 leaving.add(victim.arrival)
+        self.table.bound(rows, capacities)
 
     def _youngest(self, leaving: set[int]) -> Request:
         candidates = [r for r in self.table.requests if r.arrival not in leaving and not self.table.dead[r.row]]
@@ -216,8 +218,7 @@ class Scheduler:
         leaves = sorted(by_key[key].row for key in reordering.evicted)
         relocations = self.table.remove(leaves)
         frozen = sorted(request.row for request in departing if request.row >= 0)
-        self.table.dead[frozen] = 1
-        self.table.capacity[frozen] = self.config.max_model_len + 1  # they never grow
+        self.table.freeze(frozen)
         return [(m.src, m.dst, m.num_tokens) for m in reordering.moves], leaves, relocations, frozen
 
     def _give_back(self, request: Request) -> None:
@@ -240,11 +241,12 @@ class Scheduler:
     def _can_admit(self) -> bool:
         return bool(self._waiting) and self.policy.admissible(len(self.table), self.config.max_num_seqs) > 0
 
-    def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> IntArray:
+    def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> npt.NDArray[np.int32]:
         """Tokens per row: its prefill chunk; one if it decodes or is frozen, unless this step is for prefill alone."""
         decode = self.config.prefill_mode == "mixed" or not chunks
-        scheduled = np.full(len(self.table), decode, dtype=np.int64)
-        scheduled[under_way] = 0
+        scheduled = np.full(len(self.table), decode, dtype=np.int32)
+        if under_way.size:
+            scheduled[under_way] = 0
         if chunks:
             scheduled[list(chunks)] = list(chunks.values())
         return scheduled
@@ -341,51 +343,64 @@ class Scheduler:
         return RowJoin(request.row, prompt, known, cached, request.sampling, history)
 
     def _advance(
-        self, plan: BatchPlan, scheduled: IntArray, chunks: dict[int, int], before: list[Request], started: float
+        self,
+        plan: BatchPlan,
+        scheduled: npt.NDArray[np.int32],
+        chunks: dict[int, int],
+        before: list[Request],
+        started: float,
     ) -> Step:
-        """Optimistic bookkeeping once the plan stands: counts, who samples, statistics."""
-        computed, prefill, live = self.table.computed, self.table.prefill, self.table.dead == 0
-        prefilling = (computed < prefill) & live if self.config.record_timeline else None
-        advanced = scheduled * live
+        """Optimistic bookkeeping once the plan stands: counts, who samples, who is at an edge, statistics."""
+        table, k = self.table, plan.num_rows
+        computed, prefill, dead = table.computed, table.prefill, table.dead
+        num_dead, num_prefill = int(np.count_nonzero(dead)), sum(chunks.values())
+        num_scheduled = num_advanced = int(scheduled.sum())
+        rows, sampled, token_ids, stop_ids = list(table.requests), table.requests, table.token_ids, table.stop_ids
+        prefilling = (computed < prefill) & (dead == 0) if self.config.record_timeline else None
+        advanced = scheduled
+        if num_dead:
+            advanced = scheduled * (dead == 0)
+            num_advanced = int(advanced.sum())
         computed += advanced
-        samples = (advanced > 0) & (computed >= prefill)
-        rows, token_ids, stop_ids = list(self.table.requests), list(self.table.token_ids), self.table.stop_ids
-        last = computed >= self.table.limit
-        sampled = rows
-        if not samples.all():
-            which = np.nonzero(samples)[0]
-            sampled, token_ids = [rows[i] for i in which], [token_ids[i] for i in which]
-            stop_ids, last = stop_ids[:, which], last[which]
+        edge = (computed >= table.edge).nonzero()[0]
+        last: list[int] = []
+        for row, length, limit in zip(edge.tolist(), computed[edge].tolist(), table.limit[edge].tolist()):
+            if length < limit:
+                self._short.append((rows[row].arrival, length, rows[row]))
+            else:
+                last.append(row)
+        self._complete = [rows[row] for row in last]
         first: list[Request] = []
-        for row in sorted(chunks):
-            request = rows[row]
-            self.kv.commit(request.key, request.token_ids, int(computed[row]))
-            if samples[row]:
-                first.append(request)
-        ends = np.flatnonzero(last).tolist()
-        self._complete = [sampled[i] for i in ends]
-        self._last_was_prefill = bool(chunks)
-        stats = self._stats(plan, sum(chunks.values()), int(advanced.sum()), int(scheduled.sum()), started)
-        if prefilling is not None:
-            stats.prefilling, stats.dead = prefilling.tolist(), (~live).tolist()
-            record_rows(stats, plan, rows, before)
-        return Step(plan, rows, sampled, token_ids, stop_ids.copy(), ends, first, stats)
-
-    def _stats(self, plan: BatchPlan, prefill: int, advanced: int, scheduled: int, started: float) -> StepStats:
-        """prefill, advanced, scheduled: tokens, each among the next."""
-        blocks = self.kv.num_used_blocks if self.paged else self.kv.num_reserved_blocks
-        return StepStats(
+        if chunks or num_advanced < k:  # else every row decodes
+            which = ((advanced > 0) & (computed >= prefill)).nonzero()[0]
+            place = {row: i for i, row in enumerate(which.tolist())}
+            sampled, token_ids, stop_ids = [rows[i] for i in place], [token_ids[i] for i in place], stop_ids[:, which]
+            last = [place[row] for row in last]
+            for row in sorted(chunks):
+                self.kv.commit(rows[row].key, rows[row].token_ids, int(computed[row]))
+                if row in place:
+                    first.append(rows[row])
+        self._last_was_prefill = num_prefill > 0
+        stats = StepStats(
             step=plan.step,
             start=started,
-            num_running=plan.num_rows - int(np.count_nonzero(self.table.dead)),
+            num_running=k - num_dead,
             num_waiting=self.num_waiting,
-            num_prefill_tokens=prefill,
-            num_decode_tokens=advanced - prefill,
-            num_dead_rows=scheduled - advanced,
-            kv_used_bytes=int(self.table.computed.sum()) * self.token_bytes,
-            kv_reserved_bytes=blocks * self.kv.block_size * self.token_bytes,
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=num_advanced - num_prefill,
+            num_dead_rows=num_scheduled - num_advanced,
+            kv_used_bytes=int(computed.sum()) * self.token_bytes,
+            kv_reserved_bytes=self._reserved_bytes(),
             kv_moved_bytes=sum(move[2] for move in plan.moves) * self.token_bytes,
         )
+        if prefilling is not None:
+            stats.prefilling, stats.dead = prefilling.tolist(), (dead == 1).tolist()
+            record_rows(stats, plan, rows, before)
+        return Step(plan, rows, list(sampled), list(token_ids), stop_ids.copy(), last, first, stats)
+
+    def _reserved_bytes(self) -> int:
+        blocks = self.kv.num_used_blocks if self.paged else self.kv.num_reserved_blocks
+        return blocks * self.kv.block_size * self.token_bytes
 
     # ---- update ------------------------------------------------------------------------------------------------------
 
@@ -431,7 +446,7 @@ class Scheduler:
             if not request.finished:
                 request.error = message
                 self._finish(request, FinishReason.ERROR)
-        self._departing, self._complete = [], []
+        self._departing, self._complete, self._short = [], [], []
         for request in self.table.requests:
             if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already
                 self.kv.leave(request.key, True)

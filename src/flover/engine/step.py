@@ -6,8 +6,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
 from flover.metrics import StepStats
 from flover.request import FinishReason, Logprob, Request, RequestStatus, TokenLogprobs
@@ -70,7 +68,8 @@ def take_in(step: Step, result: StepResult, disturbed: bool) -> tuple[StepOutput
                 _take_one(request, token, i, result, output, endings)
     else:
         deque(map(list.append, step.token_ids, tokens), maxlen=0)
-    for i in np.nonzero((step.stop_ids == result.token_ids).any(0))[0].tolist():
+    stops = step.stop_ids == result.token_ids
+    for i in stops.any(0).nonzero()[0].tolist() if stops.any() else ():
         if i not in over:
             over.add(i)
             request, token = step.sampled[i], tokens[i]
