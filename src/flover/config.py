@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.parent} has no {path.name}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -164,6 +164,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "generation_config": ("auto", "none"),
     "load_format": ("auto", "dummy"),
 }
+
+
+LIMITS = {"max_num_seqs": 65_536, "block_size": 65_536, "num_threads": 4096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +234,9 @@ class EngineConfig:
                 optional = value is None and "None" in str(spec.type)
                 if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                     raise ValueError(f"{spec.name} must be an integer of at least {low}, got {value!r}")
-        if (self.num_threads or 0) > MAX_THREADS:
-            raise ValueError(f"num_threads must be at most {MAX_THREADS}, got {self.num_threads}")
+        for name, limit in LIMITS.items():
+            if (getattr(self, name) or 0) > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
         if self.overlap_depth > 1:
             raise ValueError(f"overlap_depth must be 0 or 1, got {self.overlap_depth}")
         if self.seed >= 2**64:
@@ -294,7 +298,6 @@ class ResolvedConfig:
     settings: tuple[Setting, ...]
 
 
-MAX_THREADS = 4096
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 CPU_KV_BYTES = 4 << 30  # reserved address range at most; pages are taken as they are written
@@ -305,7 +308,10 @@ def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> st
     """The dtype to compute in: as given; auto is float32 on a CPU and the checkpoint's own elsewhere."""
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if device == "cpu" else model.dtype
+    dtype = "float32" if device == "cpu" else model.dtype
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"checkpoint dtype {dtype!r} is not supported; give dtype as one of {', '.join(DTYPE_BYTES)}")
+    return dtype
 
 
 def weight_bytes(model: ModelConfig, folder: Path, dtype: str) -> int:
@@ -334,8 +340,6 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
 
     device = decide("device", hardware.device, "machine", "a CUDA device if there is one")
     dtype = effective_dtype(config, model, device)
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"checkpoint dtype {dtype!r} is not supported; give dtype as one of {', '.join(DTYPE_BYTES)}")
     why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")
     seqs = decide("max_num_seqs", DEFAULT_MAX_NUM_SEQS, "default", "")
     token_bytes = model.kv_elements_per_token * DTYPE_BYTES[dtype]

@@ -62,7 +62,7 @@ def read_jobs(path: Path) -> list[Job]:
         where = f"{path}:{number}: "
         try:
             job = _job(len(jobs), json.loads(line), where)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}{error}") from None
         if job.request_id in seen:
             raise ValueError(f"{where}id {job.request_id!r} is that of line {seen[job.request_id]} already")

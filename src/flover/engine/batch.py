@@ -35,7 +35,8 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     num_scheduled: int32 `[num_rows]`; a row in prefill takes that many of `prefill_ids`, a decode row its last token.
     frozen: rows whose request is over but which stay in the batch (reorder off, policy static): they compute their last
         position again, write nothing that counts and sample nothing.
-    scored: (row, best wanted, prompt ids that follow each of its scheduled tokens) where prompt_logprobs are wanted.
+    scored: (row, its first position, best wanted, prompt ids that follow each of its scheduled tokens) where
+        prompt_logprobs are wanted.
     """
 
     step: int
@@ -47,7 +48,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     leaves: list[int] = []
     relocations: list[tuple[int, int]] = []  # (src row, dst row), simultaneous
     frozen: list[int] = []
-    scored: list[tuple[int, int, list[int]]] = []
+    scored: list[tuple[int, int, int, list[int]]] = []
     joins: list[RowJoin] = []
     tables: list[tuple[int, int, list[int]]] = []  # (row, first entry, block ids)
     reserved_blocks: int = 0

@@ -22,6 +22,7 @@ class InputProcessor:
 
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None) -> None:
         self._scheduler, self._model = config.scheduler, config.model
+        self._capacity = config.kv.block_size * (config.kv.num_blocks if config.kv.layout == "paged" else 1)
         self._tokenizer = tokenizer
         self._seeds = random.Random(config.engine.seed)
 
@@ -44,6 +45,8 @@ class InputProcessor:
         stop = eos | frozenset(params.stop_token_ids)
         bad_words = self._bad_words(params.bad_words)
         room = max(1, self._scheduler.max_model_len - len(ids))
+        if params.max_tokens is None:  # to the limit, which may be the cache's
+            room = min(room, max(1, self._capacity - len(ids) + 1))
         requests: list[Request] = []
         for choice in range(params.n):
             request = Request(
@@ -83,7 +86,7 @@ class InputProcessor:
         if ids is not None:
             ids = self._token_ids("prompt_token_ids", ids)
         elif text:
-            ids = self._need_tokenizer("a text prompt").encode(text)
+            ids = self._token_ids("the tokenised prompt", self._need_tokenizer("a text prompt").encode(text))
         if not ids:
             raise ValueError("prompt is empty")
         limit = self._scheduler.max_model_len
@@ -135,7 +138,7 @@ class InputProcessor:
                 ids = tuple(tokenizer.encode(spelling, add_special_tokens=False))
                 if not word.strip() or not ids:
                     raise ValueError(f"bad_words holds {word!r}, which makes no token")
-                sequences[ids] = None
+                sequences[tuple(self._token_ids("bad_words", ids))] = None
         return tuple(sequences)
 
     def _row_sampling(

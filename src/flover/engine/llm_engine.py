@@ -134,7 +134,7 @@ class LLMEngine:
         cache_salt: str = "",
     ) -> Prepared:
         """Every check of `add_request`, without adding."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         text, requests = self._inputs.requests(request_id, prompt, params, priority, cache_salt)
         self.core.check(requests[0])
         choices = [Choice(request, params, self.tokenizer) for request in requests]

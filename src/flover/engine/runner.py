@@ -88,7 +88,7 @@ class ModelRunner:
         self.seq_lens[active] += counts * ~frozen
         samples = (self.seq_lens[active] >= self.prefill[active]) & ~frozen
         first = dict(zip(active.tolist(), (ends - counts).tolist()))
-        scores = tuple(self._score(hidden[first[row] :], best, ids) for row, best, ids in plan.scored)
+        scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
         if not samples.any():
             return StepResult(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_), prompt_scores=scores)
         logits = self.model.compute_logits(hidden[self._tensor(ends[samples] - 1)])

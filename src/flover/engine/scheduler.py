@@ -290,17 +290,19 @@ class Scheduler:
             heapq.heappush(self._waiting, entry)
         return chunks, joins
 
-    def _prefill_ids(self, chunks: dict[int, int]) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
+    def _prefill_ids(self, chunks: dict[int, int]) -> tuple[list[int], list[tuple[int, int, int, list[int]]]]:
         """Ids of the scheduled prefill tokens, rows in order; and those to score where prompt_logprobs are wanted."""
         ids: list[int] = []
-        scored: list[tuple[int, int, list[int]]] = []
+        scored: list[tuple[int, int, int, list[int]]] = []
         for row, chunk in sorted(chunks.items()):
             request = self.table.requests[row]
             start = int(self.table.computed[row])
             end, prompt = start + chunk, request.num_prompt_tokens
             ids += request.token_ids[start:end]
             if request.prompt_logprobs >= 0 and len(request.prompt_logprob_list or ()) < prompt:
-                scored.append((row, request.prompt_logprobs, request.token_ids[start + 1 : min(end + 1, prompt)]))
+                scored.append(
+                    (row, start, request.prompt_logprobs, request.token_ids[start + 1 : min(end + 1, prompt)])
+                )
         return ids, scored
 
     def _ready(self, request: Request) -> bool:

@@ -53,8 +53,8 @@ def take_in(step: Step, result: StepResult, disturbed: bool) -> tuple[StepOutput
     is dropped; that of a preempted one counts.
     """
     tokens: list[int] = result.token_ids.tolist()
-    for (row, _, ids), scores in zip(step.plan.scored, result.prompt_scores):
-        _add_prompt_logprobs(step.rows[row], ids, scores)
+    for (row, start, _, ids), scores in zip(step.plan.scored, result.prompt_scores):
+        _add_prompt_logprobs(step.rows[row], start, ids, scores)
     over: set[int] = set()
     endings: list[Ending] = []
     output = StepOutput(step.sampled, tokens, stats=step.stats)
@@ -96,13 +96,12 @@ def _take_one(
     output.token_ids.append(token)
 
 
-def _add_prompt_logprobs(request: Request, ids: list[int], scores: Scores) -> None:
-    if request.status is not RequestStatus.RUNNING:
-        return  # preempted: they come again with the recomputation
-    if request.prompt_logprob_list is None:
-        request.prompt_logprob_list = [None]  # nothing precedes the first token
-    for i, token in enumerate(ids):
-        request.prompt_logprob_list.append(_token_logprobs(token, scores, i, request.prompt_logprobs))
+def _add_prompt_logprobs(request: Request, start: int, ids: list[int], scores: Scores) -> None:
+    """Scores of the tokens at start + 1 ...; a chunk from before a preemption may come late, and come again."""
+    known = request.prompt_logprob_list or [None]  # nothing precedes the first token
+    if request.status is RequestStatus.RUNNING and len(known) > start:
+        scored = [_token_logprobs(token, scores, i, request.prompt_logprobs) for i, token in enumerate(ids)]
+        request.prompt_logprob_list = [*known[: start + 1], *scored]
 
 
 def _token_logprobs(token: int, scores: Scores, i: int, count: int) -> TokenLogprobs:

@@ -90,8 +90,11 @@ def load_model(
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
     family = model_class(config.architecture)
-    with torch.device("meta"):
-        module = family(config)
+    try:
+        with torch.device("meta"):
+            module = family(config)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} has a value of the wrong type, or lacks one: {error}") from None
     assert isinstance(module, nn.Module)
     parameters = _parameters(module)
     if load_format == "dummy":
