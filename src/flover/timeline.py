@@ -73,7 +73,8 @@ def _title(steps: Sequence[StepStats], num_requests: int) -> str:
     tokens = sum(s.num_prefill_tokens + s.num_decode_tokens for s in steps)
     busy = [s.num_running for s in steps if s.num_prefill_tokens or s.num_decode_tokens]
     mean = sum(busy) / max(len(busy), 1)
-    return f"{num_requests} requests, one fused batch: {tokens} tokens computed in {len(busy)} steps, {mean:.1f} rows a step"
+    work = f"{tokens} tokens computed in {len(busy)} steps, {mean:.1f} rows a step"
+    return f"{num_requests} requests, one fused batch: {work}"
 
 
 def _cells(steps: Sequence[StepStats], num_rows: int, order: dict[str, int]) -> Image:

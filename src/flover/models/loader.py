@@ -94,7 +94,7 @@ def load_model(
         with torch.device("meta"):
             module = family(config)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} has a value of the wrong type, or lacks one: {error}") from None
+        raise ValueError(f"config.json of {folder} has a value of the wrong type, or lacks one: {error}") from None
     assert isinstance(module, nn.Module)
     parameters = _parameters(module)
     if load_format == "dummy":
