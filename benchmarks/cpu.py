@@ -5,7 +5,8 @@
 
 Throughput: random models of real shapes, fp32, the same threads for all; requests arrive all at once as token ids,
 greedy, EOS ignored, prefix caching off. Output tokens per second counts the tokens that were asked for and no others.
-Contenders take turns and the order rotates; loading and a warm-up run are not counted.
+Contenders take turns and the order rotates, each in a process of its own, since two that use OpenMP from different
+threads slow each other down; loading and a warm-up run are not counted.
 """
 
 from __future__ import annotations
@@ -184,44 +185,72 @@ def continuous_batch(model: Any) -> Contender:
 # ---- A: throughput ---------------------------------------------------------------------------------------------------
 
 
+ONE_BY_ONE = "transformers one by one"
+CONTENDERS = ("flover paged", "flover slab", ONE_BY_ONE, "transformers static batch", "transformers continuous")
+
+
+def make_contender(name: str, path: Path, threads: int) -> Contender:
+    if name == "flover paged":
+        return flover_contender(path, threads)
+    if name == "flover slab":
+        return flover_contender(path, threads, kv_layout="slab", max_model_len=2 * LENGTHS[1])
+    hf = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    makers = {ONE_BY_ONE: one_by_one, "transformers static batch": static_batch}
+    return makers.get(name, continuous_batch)(hf)
+
+
+def work_of(name: str, quick: bool) -> list[Job]:
+    """The jobs of a contender: one by one gets every fourth, at which its rate stays the same."""
+    work = jobs(8 if quick else 32, (4, 24) if quick else LENGTHS, 32000, seed=0)
+    return work[::4] if name == ONE_BY_ONE and not quick else work
+
+
+def run_alone(name: str, path: Path, args: argparse.Namespace) -> tuple[float, Tokens]:
+    """A contender's seconds and tokens, from a process of its own."""
+    command = [sys.executable, __file__, "--contender", name, "--model", str(path), "--threads", str(args.threads)]
+    done = subprocess.run(command + ["--quick"] * args.quick, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result["seconds"], result["tokens"]
+
+
+def contender_process(args: argparse.Namespace) -> None:
+    """The other side of `run_alone`."""
+    work = work_of(args.contender, args.quick)
+    run = make_contender(args.contender, args.model, args.threads)
+    run([Job(job.prompt[:16], 4) for job in work[:2]])
+    started = time.perf_counter()
+    tokens = run(work)
+    seconds = getattr(run, "seconds", time.perf_counter() - started)
+    print("\n" + json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+    os._exit(0)  # transformers' generation thread may linger
+
+
 def throughput(folder: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """All contenders over the same jobs; flover's tokens against those of transformers one by one."""
-    lengths = (4, 24) if args.quick else LENGTHS
-    work = jobs(8 if args.quick else 32, lengths, 32000, seed=0)
-    alone = work if args.quick else work[::4]  # one by one gets every fourth request: its rate stays the same
+    names = list(CONTENDERS)
+    work, alone = work_of(names[0], args.quick), work_of(ONE_BY_ONE, args.quick)
     print(f"\n{name}: {len(work)} requests, seed 0, prompt/output tokens:")
     print("  " + " ".join(f"{len(job.prompt)}/{job.num_outputs}" for job in work))
     path = save_model(name, args.quick, folder)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
-    contenders: dict[str, Contender] = {
-        "flover paged": flover_contender(path, args.threads),
-        "flover slab": flover_contender(path, args.threads, kv_layout="slab", max_model_len=2 * LENGTHS[1]),
-        "transformers one by one": one_by_one(hf),
-        "transformers static batch": static_batch(hf),
-        "transformers continuous": continuous_batch(hf),
-    }
-    names = list(contenders)
     seconds: dict[str, list[float]] = {n: [] for n in names}
     tokens: dict[str, Tokens] = {}
 
     def count(name: str) -> int:
-        return sum(job.num_outputs for job in (alone if name == names[2] else work))
+        return sum(job.num_outputs for job in work_of(name, args.quick))
 
     def identical(name: str) -> float:
         """Share of the requests run one by one whose tokens are the same."""
-        mine = tokens[name] if name == names[2] else [tokens[name][work.index(job)] for job in alone]
-        return sum(a == b for a, b in zip(mine, tokens[names[2]])) / len(alone)
+        mine = tokens[name] if name == ONE_BY_ONE else [tokens[name][work.index(job)] for job in alone]
+        return sum(a == b for a, b in zip(mine, tokens[ONE_BY_ONE])) / len(alone)
 
-    for contender in contenders.values():
-        contender([Job(job.prompt[:16], 4) for job in work[:2]])
     for repeat in range(args.repeats):
         for n in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            if repeat and n == names[2]:
+            if repeat and n == ONE_BY_ONE:
                 continue  # minutes a run, and far from the best
-            started = time.perf_counter()
-            tokens[n] = contenders[n](alone if n == names[2] else work)
-            seconds[n].append(getattr(contenders[n], "seconds", time.perf_counter() - started))
-            print(f"  {n:28} {seconds[n][-1]:7.1f} s  {count(n) / seconds[n][-1]:7.1f} tokens/s", flush=True)
+            spent, tokens[n] = run_alone(n, path, args)
+            seconds[n].append(spent)
+            print(f"  {n:28} {spent:7.1f} s  {count(n) / spent:7.1f} tokens/s", flush=True)
     rows = {
         n: {
             "seconds": [round(s, 3) for s in seconds[n]],
@@ -248,7 +277,7 @@ def throughput(folder: Path, name: str, args: argparse.Namespace) -> dict[str, A
         ],
     )
     return {
-        "model": hf.config.to_diff_dict() | {"parameters": hf.num_parameters()},
+        "model": json.loads((path / "config.json").read_text()),
         "requests": [(len(job.prompt), job.num_outputs) for job in work],
         "prompt_tokens": sum(len(job.prompt) for job in work),
         "contenders": rows,
@@ -430,12 +459,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2, help="of every contender but the slowest")
     parser.add_argument("--only", choices=("throughput", "host", "invariant"), help="one part")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu.json; with --quick: none")
     args = parser.parse_args()
     output = args.output or (None if args.quick else RESULTS)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.contender:
+        contender_process(args)
     started = time.perf_counter()
     result: dict[str, Any] = {"environment": environment(args.threads)}
     print(json.dumps(result["environment"], indent=1))

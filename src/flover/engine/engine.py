@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -109,7 +110,7 @@ class EngineCore:
         self.resolved: ResolvedConfig = resolve(config, model, hardware, weights)
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
-        self._executor = executor or ThreadExecutor(ModelRunner(self.resolved, self.folder))
+        self._executor = executor or ThreadExecutor(partial(ModelRunner, self.resolved, self.folder))
         self._in_flight: deque[tuple[Step, Future[StepResult]]] = deque()
         self._depth = config.overlap_depth
 

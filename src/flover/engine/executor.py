@@ -3,10 +3,14 @@
 `submit` encodes the plan and returns a future; the worker decodes it, so a plan is complete by construction: what the
 encoding does not carry does not reach the device. When a plan fails, those submitted after it are cancelled until
 `reset`, since they were made in the belief that it would succeed.
+
+The worker also builds the runner, so that one thread does all of torch's work: with a second one, OpenMP has more
+threads than cores, puts idle ones to sleep after every parallel region, and a step takes up to twice as long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -23,11 +27,15 @@ class PlanCancelledError(RuntimeError):
 
 
 class ThreadExecutor:
-    """One worker thread, one runner, plans in order."""
+    """One worker thread, one runner, plans in order.
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    Args:
+        make_runner: called on the worker; what it raises, the constructor raises.
+    """
+
+    def __init__(self, make_runner: Callable[[], Runner]) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flover-executor")
+        self._runner = self._worker.submit(make_runner).result()
         self._failed = False
 
     def submit(self, plan: BatchPlan) -> Future[StepResult]:

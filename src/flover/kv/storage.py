@@ -51,6 +51,7 @@ class KVStorage:
             return torch.zeros(shape, dtype=dtype, device=device)
         # private: the pages of a shared mapping would outlive MADV_DONTNEED
         region = mmap.mmap(-1, shape[0] * self._token_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region.madvise(mmap.MADV_HUGEPAGE)
         self._maps.append(region)
         return torch.frombuffer(region, dtype=dtype).view(shape)
 
