@@ -314,12 +314,6 @@ def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> st
     return dtype
 
 
-def weight_bytes(model: ModelConfig, folder: Path, dtype: str) -> int:
-    """Bytes of the weights once loaded, from the sizes of the safetensors files and their dtype."""
-    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return stored * DTYPE_BYTES[dtype] // DTYPE_BYTES.get(model.dtype, 4)
-
-
 def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weights: int = 0) -> ResolvedConfig:
     """Decide every open setting, once.
 

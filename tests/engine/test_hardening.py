@@ -138,7 +138,7 @@ def test_output_never_destroys_a_foreign_file(tmp_path: Path, content: bytes) ->
         ({"eos_token_id": 2.5}, "eos_token_id"),
         ({"rms_norm_eps": None}, "config.json"),
         ({"rope_parameters": True}, "config.json"),
-        ({"num_hidden_layers": 10**12}, "KV"),
+        ({"num_hidden_layers": 10**12}, "weights"),
     ],
 )
 def test_config_values_of_a_wrong_type(tmp_path: Path, change: dict[str, Any], word: str) -> None:

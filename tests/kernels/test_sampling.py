@@ -336,7 +336,7 @@ def test_bits_do_not_depend_on_the_batch(dtype):
                 for w, g in zip(want.logprobs, out.logprobs, strict=True):
                     assert torch.equal(w[0], g[at, :k] if w.dim() == 2 else g[at])
         new = rng.sample(range(2 * n), n)  # swaps, cycles and moves into vacancies at once
-        sampler.relocate(torch.tensor(place), torch.tensor(new))
+        sampler.relocate(list(zip(place, new, strict=True)))
         place = new
 
 
@@ -361,7 +361,7 @@ def test_preempted_rows_continue_as_if_they_had_never_left():
                 [p if k else [] for p, k in zip(prompts, known, strict=True)],
                 [o if k else [] for o, k in zip(outputs, known, strict=True)],
             )
-            broken.relocate(torch.tensor(back), rows)
+            broken.relocate(list(zip(back, range(n), strict=True)))
         a, b = steady.sample(logits[step], rows), broken.sample(logits[step], rows)
         assert torch.equal(a.token_ids, b.token_ids)
         assert torch.equal(steady._state, broken._state)
@@ -395,7 +395,7 @@ def test_needs_are_exact_and_vacated_rows_leak_nothing():
             src = rng.sample(sorted(live), rng.randint(1, len(live)))
             dst = rng.sample(range(rows), len(src))  # what lives there and does not move is overwritten
             moves = list(zip(src, dst, strict=True))
-            sampler.relocate(torch.tensor(src), torch.tensor(dst), rng.choice([None, moves]))
+            sampler.relocate(moves)
             kept = {r: s for r, s in live.items() if r not in src and r not in dst}
             live = kept | {d: live[s] for s, d in moves}
         needs = {r: Needs.of(s, VOCAB) for r, s in live.items()}

@@ -10,7 +10,7 @@ import torch
 from parity import CASES, Checkpoint, Driver, random_prompts, reference, uneven
 from torch import Tensor
 
-from flover.layers import attention as attention_layer
+from flover.kernels.reference import fused
 from flover.layers.attention import alibi_slopes
 from flover.models.registry import ARCHITECTURES
 
@@ -103,8 +103,8 @@ def test_half_precision(checkpoint: Get, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_notices_swapped_kv_heads(checkpoint: Get, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = attention_layer.store_kv
-    monkeypatch.setattr(attention_layer, "store_kv", lambda k, v, *rest: store(k.flip(1), v.flip(1), *rest))
+    store = fused.store_kv
+    monkeypatch.setattr(fused, "store_kv", lambda k, v, *rest: store(k.flip(1), v.flip(1), *rest))
     _must_fail(checkpoint(name))
 
 

@@ -25,17 +25,17 @@ from flover.config import (
     ResolvedConfig,
     effective_dtype,
     resolve,
-    weight_bytes,
 )
 from flover.engine.batch import BatchPlan, StepResult
-from flover.engine.executor import ThreadExecutor
+from flover.engine.executor import InlineExecutor, ThreadExecutor
 from flover.engine.runner import ModelRunner
 from flover.engine.scheduler import Scheduler
 from flover.engine.step import Step, StepOutput
+from flover.kernels.dispatch import backend_for
 from flover.kv.paged import PagedLayout
 from flover.kv.protocol import KVLayout
 from flover.kv.slab import SlabLayout, SlabMode
-from flover.models.loader import resolve_model
+from flover.models.loader import resolve_model, weight_bytes
 from flover.models.registry import model_class
 from flover.request import FinishReason, Request
 
@@ -79,6 +79,17 @@ def make_layout(kv: KVConfig) -> KVLayout:
     return PagedLayout(kv.num_blocks, kv.block_size, enable_prefix_caching=kv.prefix_caching)
 
 
+def make_executor(config: ResolvedConfig, folder: Path) -> Executor:
+    """The runner that fits backend and device, where it should run."""
+    device, dtype = torch.device(config.engine.device), getattr(torch, config.engine.dtype)
+    only = getattr(model_class(config.model.architecture), "BACKEND", None)  # EchoModel has no kernels
+    if (only or backend_for(device, dtype, config.model.head_dim)) == "triton":
+        from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
+
+        return InlineExecutor(GpuRunner(config, folder))
+    return ThreadExecutor(partial(ModelRunner, config, folder))
+
+
 def survey(config: EngineConfig) -> tuple[Path, ModelConfig, Hardware, int]:
     """What `resolve` needs to know, before anything is allocated: checkpoint folder, its config, machine, weight bytes.
 
@@ -89,7 +100,8 @@ def survey(config: EngineConfig) -> tuple[Path, ModelConfig, Hardware, int]:
     model = ModelConfig.from_folder(folder)
     model_class(model.architecture)
     hardware = detect_hardware(config.device)
-    return folder, model, hardware, weight_bytes(model, folder, effective_dtype(config, model, hardware.device))
+    dtype: torch.dtype = getattr(torch, effective_dtype(config, model, hardware.device))
+    return folder, model, hardware, weight_bytes(folder, model, dtype)
 
 
 class EngineCore:
@@ -110,7 +122,7 @@ class EngineCore:
         self.resolved: ResolvedConfig = resolve(config, model, hardware, weights)
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
-        self._executor = executor or ThreadExecutor(partial(ModelRunner, self.resolved, self.folder))
+        self._executor = executor or make_executor(self.resolved, self.folder)
         self._in_flight: deque[tuple[Step, Future[StepResult]]] = deque()
         self._depth = config.overlap_depth
 

@@ -1,4 +1,4 @@
-"""The executor: takes plans at once and works them off in order on a thread of its own.
+"""The executors: take plans at once, and work them off in order, on a thread of their own or on a GPU.
 
 `submit` encodes the plan and returns a future; the worker decodes it, so a plan is complete by construction: what the
 encoding does not carry does not reach the device. When a plan fails, those submitted after it are cancelled until
@@ -17,13 +17,65 @@ from typing import Protocol
 from flover.engine.batch import BatchPlan, StepResult, decode_plan, encode_plan
 
 
+class Pending(Protocol):
+    def result(self) -> StepResult: ...
+
+
 class Runner(Protocol):
-    def execute(self, plan: BatchPlan) -> StepResult: ...
+    def execute(self, plan: BatchPlan) -> StepResult | Pending: ...
     def reset(self) -> None: ...
 
 
 class PlanCancelledError(RuntimeError):
     """An earlier plan failed, so this one was not run."""
+
+
+class _Launched(Future[StepResult]):
+    """The future of a step that a device works on already; its result is read when it is asked for."""
+
+    def __init__(self, pending: Pending) -> None:
+        super().__init__()
+        self._pending = pending
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        return self._pending.result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        try:
+            self._pending.result()
+        except Exception as error:
+            return error
+        return None
+
+
+class InlineExecutor:
+    """For a runner that only enqueues: the caller's thread launches, the device is the worker."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._failed = False
+
+    def submit(self, plan: BatchPlan) -> Future[StepResult]:
+        """Launch a plan; what goes wrong is in the future, also here."""
+        future: Future[StepResult] = Future()
+        try:
+            if self._failed:
+                raise PlanCancelledError("cancelled: an earlier step failed")
+            result = self._runner.execute(decode_plan(encode_plan(plan)))
+            if not isinstance(result, StepResult):
+                return _Launched(result)
+            future.set_result(result)
+        except Exception as error:
+            self._failed = True
+            future.set_exception(error)
+        return future
+
+    def reset(self) -> None:
+        self._runner.reset()
+        self._failed = False
+
+    def shutdown(self) -> None:
+        pass
 
 
 class ThreadExecutor:
@@ -46,7 +98,8 @@ class ThreadExecutor:
         if self._failed:
             raise PlanCancelledError("cancelled: an earlier step failed")
         try:
-            return self._runner.execute(decode_plan(data))
+            result = self._runner.execute(decode_plan(data))
+            return result if isinstance(result, StepResult) else result.result()
         except BaseException:
             self._failed = True
             raise

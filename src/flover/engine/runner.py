@@ -7,9 +7,10 @@ executor and the layers below touch torch tensors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,15 +29,28 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 SCORE_ROWS = 128  # prompt positions whose logits exist at a time
 
 
+class Batch(NamedTuple):
+    """The rows that have tokens in a step, ascending; arrays [num rows]."""
+
+    rows: IntArray
+    counts: IntArray  # tokens of each
+    start: IntArray  # position of its first
+    frozen: Mask
+    in_prefill: Mask  # its tokens are given, in `prefill_ids`, rows in order; else it takes the one it drew last
+    samples: Mask  # it has all its tokens after this step
+    prefill_ids: npt.NDArray[np.int32]
+
+
 class ModelRunner:
     """One device's model, KV cache and row state.
 
     Args:
         config: effective settings.
         folder: checkpoint folder.
+        backend: `kernels.dispatch`.
     """
 
-    def __init__(self, config: ResolvedConfig, folder: Path) -> None:
+    def __init__(self, config: ResolvedConfig, folder: Path, backend: str = "torch") -> None:
         self.device = torch.device(config.engine.device)
         dtype: torch.dtype = getattr(torch, config.engine.dtype)
         model = config.model
@@ -50,51 +64,63 @@ class ModelRunner:
             batch_invariant=self.batch_invariant,
             load_format=config.engine.load_format,
             seed=config.engine.seed,
+            backend=backend,
         )
         for part in loaded.modules():
             if isinstance(part, Linear):
                 part.pack()
         self.model = cast(CausalLM, loaded)
         kv, rows = config.kv, config.scheduler.max_num_seqs
-        self.storage = KVStorage(
-            model.num_layers, kv.num_blocks, kv.block_size, model.num_kv_heads, model.head_dim, dtype, self.device
-        )
-        self.sampler = Sampler(rows, model.vocab_size, self.device)
+        shape = model.num_layers, kv.num_blocks, kv.block_size, model.num_kv_heads, model.head_dim
+        self.storage = KVStorage(*shape, dtype, self.device, backend)
+        self.sampler = Sampler(rows + 1, model.vocab_size, self.device, backend)  # the last is scratch
         self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
+        self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step
         self.reset()
 
     def reset(self) -> None:
         """Forget every row (after a failed step)."""
         rows = self.tables.shape[0]
-        self._state = np.zeros((4, rows), dtype=np.int64)  # one row per quantity: a relocation is one gather
-        self.seq_lens, self.prefill, self.prompt, self.frozen = self._state
+        self._state = np.zeros((5, rows), dtype=np.int64)  # one row per quantity: a relocation is one gather
+        self.seq_lens, self.prefill, self.prompt, self.frozen, self.entries = self._state  # entries: of its table
+        self.edited.clear()
         self.sampler.leave(list(range(rows)))
+
+    def empty_result(self) -> StepResult:
+        return StepResult(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_))
 
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult:
         """Apply the plan, run its tokens through the model, sample the rows that have all their tokens."""
         self._apply(plan)
-        scheduled = plan.scheduled().astype(np.int64)
-        active = np.nonzero(scheduled)[0]
-        if not active.size:
-            return StepResult(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_))
-        counts = scheduled[active]
-        frozen = self.frozen[active] == 1
-        start = self.seq_lens[active] - frozen
-        ends = np.cumsum(counts)
-        positions = np.arange(ends[-1]) - np.repeat(ends - counts - start, counts)
-        in_prefill = (start < self.prefill[active]) & ~frozen
-        hidden = self._forward(plan, active, counts, positions, in_prefill, frozen)
-        self.seq_lens[active] += counts * ~frozen
-        samples = (self.seq_lens[active] >= self.prefill[active]) & ~frozen
-        first = dict(zip(active.tolist(), (ends - counts).tolist()))
+        batch = self._batch(plan)
+        if batch is None:
+            return self.empty_result()
+        hidden = self._forward(batch)
+        ends = np.cumsum(batch.counts)
+        first = dict(zip(batch.rows.tolist(), (ends - batch.counts).tolist()))
         scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
-        if not samples.any():
-            return StepResult(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_), prompt_scores=scores)
-        logits = self.model.compute_logits(hidden[self._tensor(ends[samples] - 1)])
-        output = self.sampler.sample(logits, self._tensor(active[samples]))
+        if not batch.samples.any():
+            return self.empty_result()._replace(prompt_scores=scores)
+        logits = self.model.compute_logits(hidden[self._tensor(ends[batch.samples] - 1)])
+        output = self.sampler.sample(logits, self._tensor(batch.rows[batch.samples]))
         logprobs = None if output.logprobs is None else Scores(*(part.cpu().numpy() for part in output.logprobs))
         return StepResult(output.token_ids.cpu().numpy(), output.finite.cpu().numpy(), logprobs, scores)
+
+    def _batch(self, plan: BatchPlan) -> Batch | None:
+        """The rows that have tokens in this step, with lengths advanced; None if there are none."""
+        scheduled = plan.scheduled().astype(np.int64)
+        rows = np.nonzero(scheduled)[0]
+        if not rows.size:
+            return None
+        counts = scheduled[rows]
+        frozen = self.frozen[rows] == 1
+        start = self.seq_lens[rows] - frozen
+        in_prefill = (start < self.prefill[rows]) & ~frozen
+        self.seq_lens[rows] += counts * ~frozen
+        samples = (self.seq_lens[rows] >= self.prefill[rows]) & ~frozen
+        prefill_ids = np.frombuffer(plan.prefill_ids, dtype=np.int32)
+        return Batch(rows, counts, start, frozen, in_prefill, samples, prefill_ids)
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -107,13 +133,16 @@ class ModelRunner:
             src, dst = (list(rows) for rows in zip(*plan.relocations))
             self._state[:, dst] = self._state[:, src]
             self.tables[dst] = self.tables[src]
-            self.sampler.relocate(torch.tensor(src), torch.tensor(dst))
+            for row in dst:
+                self.edited[row] = (0, int(self.entries[row]))
+            self.sampler.relocate(plan.relocations)
         self.frozen[plan.frozen] = 1
         for join in plan.joins:
             self._state[:, join.row] = (
                 join.num_computed_tokens,
                 join.num_prefill_tokens,
                 join.num_prompt_tokens,
+                0,
                 0,
             )
         if plan.joins:
@@ -127,24 +156,21 @@ class ModelRunner:
             )
         for row, first, ids in plan.tables:
             self.tables[row, first : first + len(ids)] = ids
+            end = first + len(ids)
+            self.entries[row] = max(self.entries[row], end)
+            lo, hi = self.edited.get(row, (first, 0))
+            self.edited[row] = (min(lo, first), max(hi, end))
 
-    def _forward(
-        self,
-        plan: BatchPlan,
-        active: IntArray,  # rows with tokens in this step
-        counts: IntArray,  # of tokens, per active row
-        positions: IntArray,  # [num_tokens]
-        in_prefill: Mask,
-        frozen: Mask,
-    ) -> Tensor:
-        size = self.kv_config.block_size
-        row_of = np.repeat(active, counts)  # [num_tokens]
-        slots = self.tables[row_of, positions // size] * size + positions % size
-        slots[np.repeat(frozen, counts)] = self.storage.scratch
-        input_ids = self.sampler.last_token[self._tensor(row_of)]
-        prefill_ids = np.frombuffer(plan.prefill_ids, dtype=np.int32).astype(np.int64)
-        input_ids[self._tensor(np.repeat(in_prefill, counts))] = self._tensor(prefill_ids)
+    def _forward(self, batch: Batch) -> Tensor:
+        size, counts = self.kv_config.block_size, batch.counts
         ends = np.cumsum(counts)
+        positions = np.arange(ends[-1]) - np.repeat(ends - counts - batch.start, counts)
+        row_of = np.repeat(batch.rows, counts)  # [num_tokens]
+        slots = self.tables[row_of, positions // size] * size + positions % size
+        slots[np.repeat(batch.frozen, counts)] = self.storage.scratch
+        input_ids = self.sampler.last_token[self._tensor(row_of)]
+        prefill_ids = self._tensor(batch.prefill_ids.astype(np.int64))
+        input_ids[self._tensor(np.repeat(batch.in_prefill, counts))] = prefill_ids
         lengths = (positions[ends - 1] + 1).tolist()
         ctx = ForwardContext(
             k_cache=self.storage.k,
@@ -154,7 +180,7 @@ class ModelRunner:
             meta=AttentionMetadata(
                 query_start=[0, *ends.tolist()],
                 seq_lens=lengths,
-                blocks=[self._tensor(self.tables[row, : -(-n // size)]) for row, n in zip(active, lengths)],
+                blocks=[self._tensor(self.tables[row, : -(-n // size)]) for row, n in zip(batch.rows, lengths)],
                 block_size=size,
                 contiguous=self.kv_config.layout == "slab",
             ),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flover.kernels.reference.kv_cache import copy_blocks, poison_blocks
+from flover.kernels.dispatch import load_backend
 
 
 class KVStorage:
@@ -24,7 +24,7 @@ class KVStorage:
 
     Args:
         num_layers, num_blocks, block_size, kv_heads, head_dim: the shape.
-        dtype, device: of the tensors.
+        dtype, device: of the tensors. backend: `kernels.dispatch`.
     """
 
     def __init__(
@@ -36,8 +36,10 @@ class KVStorage:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        backend: str = "torch",
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
+        self._ops = load_backend(backend)
         self.scratch = num_blocks * block_size  # flat index of the scratch token
         self._maps: list[mmap.mmap] = []
         self._reserved = num_blocks
@@ -64,12 +66,12 @@ class KVStorage:
         sources = {src for src, _, _ in moves}
         before = [block for block in freed if block not in sources]
         if before:
-            poison_blocks(caches, before, self.block_size)
+            self._ops.poison_blocks(caches, before, self.block_size)
         if moves:
-            copy_blocks(caches, moves, self.block_size)
+            self._ops.copy_blocks(caches, moves, self.block_size)
         after = [block for block in freed if block in sources]
         if after:
-            poison_blocks(caches, after, self.block_size)
+            self._ops.poison_blocks(caches, after, self.block_size)
         if reserved_blocks < self._reserved:
             self._release(reserved_blocks)
         self._reserved = reserved_blocks

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from torch import Tensor
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from flover.kernels.reference.invariant import tiled_map
-
-_tanh_gelu = partial(F.gelu, approximate="tanh")
+from flover.kernels.reference.fused import ACTIVATIONS
+from flover.layers.base import Layer
 
 
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_new": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
-    "quick_gelu": _quick_gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-}
-
-
-class Activation(nn.Module):
-    """An element-wise function by its config.json name; `batch_invariant` is set when the model is built.
+class Activation(Layer):
+    """An element-wise function by its config.json name.
 
     Raises:
         ValueError: an unknown name; lists the known ones.
@@ -41,8 +19,13 @@ class Activation(nn.Module):
         super().__init__()
         if name not in ACTIVATIONS:
             raise ValueError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
-        self.function = ACTIVATIONS[name]
-        self.batch_invariant = False
+        self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        return tiled_map(self.function, x) if self.batch_invariant else self.function(x)
+        out: Tensor = self.ops.activation(x, self.name, batch_invariant=self.batch_invariant)
+        return out
+
+    def gated(self, x: Tensor) -> Tensor:
+        """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up `[num_tokens, n]`."""
+        out: Tensor = self.ops.gated(x, self.name, batch_invariant=self.batch_invariant)
+        return out

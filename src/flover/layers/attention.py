@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flover.kernels.reference.attention import AttentionMetadata, attention, gather_history
-from flover.kernels.reference.invariant import invariant_attention
-from flover.kernels.reference.kv_cache import store_kv
+from flover.kernels.reference.attention import gather_history
+from flover.layers.base import Layer
+from flover.layers.rotary import RotaryTables
 
 
 @dataclass(slots=True)
@@ -19,13 +20,14 @@ class ForwardContext:
     k_cache, v_cache: per layer `[num_blocks * block_size, kv_heads, head_dim]`.
     slot_mapping: `[num_tokens]` flat cache index of each new token.
     prompt_lens: `[num_tokens]` prompt length of each token's request (dynamic rope scaling reads it).
+    meta: where queries and histories lie, in the form that the backend's attention takes.
     """
 
     k_cache: list[Tensor]
     v_cache: list[Tensor]
     slot_mapping: Tensor
     prompt_lens: Tensor
-    meta: AttentionMetadata
+    meta: Any
     batch_invariant: bool = False
 
     def history(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
@@ -36,8 +38,8 @@ class ForwardContext:
         )
 
 
-class Attention(nn.Module):
-    """Stores this step's K/V, then attends over each row's history.
+class Attention(Layer):
+    """Rotates q and k, stores this step's K/V, then attends over each row's history.
 
     Args:
         layer: index of the layer's cache.
@@ -60,12 +62,14 @@ class Attention(nn.Module):
         self.alibi_slopes: Tensor | None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, rotary: RotaryTables | None = None
+    ) -> Tensor:
         """q `[num_tokens, num_heads, head_dim]`, k and v with kv_heads -> `[num_tokens, num_heads * head_dim]`."""
         k_cache, v_cache = ctx.k_cache[self.layer], ctx.v_cache[self.layer]
-        store_kv(k, v, k_cache, v_cache, ctx.slot_mapping)
-        attend = invariant_attention if ctx.batch_invariant else attention
-        out = attend(
+        cos, sin, interleaved = rotary or (None, None, False)
+        q = self.ops.rotary_store(q, k, v, cos, sin, k_cache, v_cache, ctx.slot_mapping, interleaved=interleaved)
+        out: Tensor = self.ops.attention(
             q,
             k_cache,
             v_cache,
@@ -74,6 +78,7 @@ class Attention(nn.Module):
             window=self.window,
             softcap=self.softcap,
             alibi=self.alibi_slopes,
+            batch_invariant=ctx.batch_invariant,
         )
         return out.flatten(1)
 

@@ -1,15 +1,14 @@
-"""Linear layers. `row_tile` selects the batch-invariant product; it is set once, when the model is built."""
+"""Linear layers."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flover.kernels.reference.invariant import tiled_linear
+from flover.layers.base import Layer
 
 
-class Linear(nn.Module):
+class Linear(Layer):
     """`x @ weight.T + bias`; weight `[out_features, in_features]`, empty until the loader fills it."""
 
     weight: Tensor | None  # None once packed
@@ -18,7 +17,6 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.batch_invariant = False
         self.packed: Tensor | None = None
 
     def pack(self) -> None:
@@ -37,7 +35,5 @@ class Linear(nn.Module):
         if self.packed is not None:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return product
-        assert self.weight is not None
-        if self.batch_invariant:
-            return tiled_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        out: Tensor = self.ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+        return out

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from flover.layers.base import Layer
 
 # rope types and the settings each one needs
 SCALINGS: Mapping[str, tuple[str, ...]] = {
@@ -42,8 +44,16 @@ def rope_parameters(hf: Mapping[str, Any], default_theta: float = 10000.0) -> di
     return params
 
 
-class Rotary(nn.Module):
-    """Rotates the first `rotary_dim` of each head.
+class RotaryTables(NamedTuple):
+    """What a step's tokens are rotated by: cos and sin, each `[num_tokens, 1, rotary_dim / 2]`."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+class Rotary(Layer):
+    """The tables that rotate the first `rotary_dim` of each head.
 
     interleaved: pairs are (0, 1), (2, 3), ... (GPT-J) instead of (i, i + rotary_dim / 2) (NeoX, LLaMA).
     max_position: the length the model was trained on, where dynamic scaling starts.
@@ -78,14 +88,15 @@ class Rotary(nn.Module):
             inv_freq = torch.where(middle, ramp, inv_freq)
         return inv_freq
 
-    def tables(self, positions: Tensor, prompt_lens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each `[num_tokens, 1, rotary_dim / 2]`; made once a step and shared by all layers."""
-        inv_freq = self.inv_freq
-        if self.kind == "dynamic":
-            length = torch.maximum(prompt_lens, positions + 1)[:, None]
-            inv_freq = torch.where(length > self.trained, self._stretched(length), inv_freq)
+    def tables(self, positions: Tensor, prompt_lens: Tensor, dtype: torch.dtype) -> RotaryTables:
+        """Made once a step and shared by all layers."""
+        if self.kind != "dynamic":
+            cos, sin = self.ops.rotary_tables(positions, self.inv_freq, dtype)
+            return RotaryTables(cos, sin, self.interleaved)
+        length = torch.maximum(prompt_lens, positions + 1)[:, None]
+        inv_freq = torch.where(length > self.trained, self._stretched(length), self.inv_freq)
         angles = (positions.float()[:, None] * inv_freq)[:, None, :]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), self.interleaved)
 
     def _stretched(self, length: Tensor) -> Tensor:
         """Dynamic NTK frequencies `[num_tokens, rotary_dim / 2]`.
@@ -96,15 +107,3 @@ class Rotary(nn.Module):
         log_base = math.log(self.theta) + stretch.log() * (self.rotary_dim / (self.rotary_dim - 2))
         exponent = torch.arange(0, self.rotary_dim, 2, device=length.device).double() / self.rotary_dim
         return torch.exp(-exponent * log_base).float()
-
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate x `[num_tokens, heads, head_dim]`."""
-        cos, sin = tables
-        rotated, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
-        if self.interleaved:
-            a, b = rotated[..., 0::2], rotated[..., 1::2]
-            rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-        else:
-            a, b = rotated.chunk(2, -1)
-            rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        return torch.cat((rotated, rest), -1) if rest.shape[-1] else rotated

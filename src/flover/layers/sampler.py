@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flover.kernels.dispatch import load_backend
 from flover.kernels.reference import sampling as ops
 from flover.layers.sampler_state import Field, Join, Needs, RowTables, send
 from flover.request import RowSampling
@@ -81,10 +82,14 @@ def _check_ids(s: RowSampling, prompt: Sequence[int], output: Sequence[int], voc
 
 
 class Sampler:
-    """Sampling of rows [0, max_rows). Within a step the order is leave, relocate, join, sample."""
+    """Sampling of rows [0, max_rows). Within a step the order is leave, relocate, join, sample.
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    backend: whose `draw` picks the tokens (`kernels.dispatch`).
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device, backend: str = "torch") -> None:
         self.max_rows, self.vocab_size, self.device = max_rows, vocab_size, device
+        self._draw = load_backend(backend).draw
         neutral = torch.zeros(len(Field), max_rows, dtype=torch.int64)  # greedy: padding rows may be sampled
         neutral.view(torch.float64)[[Field.TEMPERATURE, Field.TOP_P, Field.REPETITION]] = 1.0
         self._state = neutral.to(device)
@@ -140,16 +145,12 @@ class Sampler:
         self._live.update(needs)
         self._merged = None
 
-    def relocate(self, src: Tensor, dst: Tensor, moves: Sequence[tuple[int, int]] | None = None) -> None:
-        """Move rows src -> dst, all at once; what dst held is gone, and a src that is no dst is vacated.
+    def relocate(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Move rows (src, dst), all at once; what dst held is gone, and a src that is no dst is vacated.
 
-        Args:
-            src, dst: [n] int64, each distinct.
-            moves: the same as host pairs; without them src and dst are read back, which waits for the device.
+        moves: sources distinct, destinations distinct.
         """
-        if moves is None:
-            moves = list(zip(src.tolist(), dst.tolist(), strict=True))
-        src, dst = src.to(self.device), dst.to(self.device)
+        src, dst = send(self.device, [s for s, _ in moves], [d for _, d in moves])
         self._state.index_copy_(1, dst, self._state.index_select(1, src))
         self._tables.relocate(src, dst, moves)
         arrived = {d: self._row_needs.pop(s) for s, d in moves if s in self._row_needs}
@@ -179,25 +180,42 @@ class Sampler:
         """
         assert logits.shape == (rows.shape[0], self.vocab_size)
         needs = self.needs
-        raw = logits if logits.dtype == torch.float64 else logits.float()
         state = self._state.index_select(1, rows)  # [fields, n]
         params = state.view(torch.float64)
-        scores = self._process(raw, rows, state, needs)
-        noise = None
-        if needs.random:
-            scores = scores / params[Field.TEMPERATURE, :, None].to(raw.dtype)
-            self._filter(scores, state, needs)
-            noise = ops.gumbel(self.vocab_size, state[Field.SEED], state[Field.CHOICE], state[Field.NUM_OUTPUTS])
-        token_ids, finite = ops.sample_tokens(scores, noise, params[Field.RANDOM])
+        scores = self._process(logits, rows, state, needs)
+        token_ids, finite = self._draw(
+            scores,
+            temperature=params[Field.TEMPERATURE],
+            random=params[Field.RANDOM] if needs.random else None,
+            seeds=state[Field.SEED],
+            choices=state[Field.CHOICE],
+            positions=state[Field.NUM_OUTPUTS],
+            top_k=state[Field.TOP_K] if needs.max_top_k else None,
+            top_p=params[Field.TOP_P] if needs.top_p else None,
+            min_p=params[Field.MIN_P] if needs.min_p else None,
+            max_top_k=needs.max_top_k,
+            open_top_p=needs.open_top_p,
+        )
         logprobs = None
         if needs.num_logprobs >= 0:
+            raw = logits if logits.dtype == torch.float64 else logits.float()
             logprobs = ops.top_logprobs(raw, token_ids, needs.num_logprobs)
         self._record(rows, state, token_ids, needs)
         return SamplerOutput(token_ids, finite, logprobs)
 
-    def _process(self, raw: Tensor, rows: Tensor, state: Tensor, needs: Needs) -> Tensor:
-        """What bears on greedy rows too: masks, biases, penalties. `raw` is not written to."""
-        scores = raw
+    @property
+    def graph_key(self) -> tuple[bool, ...] | None:
+        """What the launches of `sample` depend on besides its shapes; None where tables take part, which may grow."""
+        needs = self.needs
+        if needs.penalties or needs.bias or needs.bad_words or needs.min_tokens or needs.num_logprobs >= 0:
+            return None
+        return needs.random, needs.max_top_k > 0, needs.top_p, needs.min_p
+
+    def _process(self, logits: Tensor, rows: Tensor, state: Tensor, needs: Needs) -> Tensor:
+        """What bears on greedy rows too: masks, biases, penalties. `logits` is not written to."""
+        if not (needs.bias or needs.bad_words or needs.min_tokens or needs.penalties):
+            return logits
+        raw = scores = logits if logits.dtype == torch.float64 else logits.float()
         if needs.bias:
             scores = scores + self._tables.bias.of(rows)
         elif needs.bad_words or needs.min_tokens:
@@ -218,19 +236,6 @@ class Sampler:
                 params[Field.PRESENCE],
             )
         return scores
-
-    def _filter(self, scores: Tensor, state: Tensor, needs: Needs) -> None:
-        if not (needs.max_top_k or needs.top_p or needs.min_p):
-            return
-        params = state.view(torch.float64)
-        ops.filter_logits(
-            scores,
-            state[Field.TOP_K] if needs.max_top_k else None,
-            params[Field.TOP_P] if needs.top_p else None,
-            params[Field.MIN_P] if needs.min_p else None,
-            needs.max_top_k,
-            needs.open_top_p,
-        )
 
     def _record(self, rows: Tensor, state: Tensor, token_ids: Tensor, needs: Needs) -> None:
         self._state[Field.LAST_TOKEN].index_copy_(0, rows, token_ids)

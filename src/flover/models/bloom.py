@@ -40,12 +40,10 @@ class BloomBlock(nn.Module):
         self.mlp = GPT2MLP(config, 4 * config.hidden_size, "gelu_new")
         self.normed_residual = bool(config.hf.get("apply_residual_connection_post_layernorm", False))
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        normed = self.input_norm(x)
-        x = (normed if self.normed_residual else x) + self.self_attn(normed, ctx)
-        normed = self.post_norm(x)
-        out: Tensor = (normed if self.normed_residual else x) + self.mlp(normed)
-        return out
+    def forward(self, x: Tensor, delta: Tensor | None, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_norm.add(x, delta)
+        normed, x = self.post_norm.add(normed if self.normed_residual else x, self.self_attn(normed, ctx))
+        return normed if self.normed_residual else x, self.mlp(normed)
 
 
 class BloomForCausalLM(nn.Module):
@@ -86,10 +84,10 @@ class BloomForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         x: Tensor = self.embed_norm(self.embed(input_ids))
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, ctx)
-        out: Tensor = self.norm(x)
-        return out
+            x, delta = layer(x, delta, ctx)
+        return self.norm.add(x, delta)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.lm_head(hidden)

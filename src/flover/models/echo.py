@@ -28,6 +28,7 @@ class EchoModel(nn.Module):
     IGNORED: tuple[str, ...] = ()
     PREFIX = ""
     RENAMED: Mapping[str, str] = {}
+    BACKEND = "torch"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -12,9 +12,9 @@ from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import Embedding
 from flover.layers.norm import RMSNorm
-from flover.layers.rotary import Rotary
+from flover.layers.rotary import RotaryTables
 from flover.models.base import Source
-from flover.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, Tables
+from flover.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 
 
 def gemma_norm(config: ModelConfig, dim: int | None = None) -> RMSNorm:
@@ -51,10 +51,12 @@ class Gemma2Block(nn.Module):
         self.mlp = LlamaMLP(config, str(config.hf.get("hidden_activation") or "gelu_pytorch_tanh"))
         self.post_mlp_norm = gemma_norm(config)
 
-    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
-        x = x + self.post_attention_norm(self.self_attn(self.input_norm(x), tables, rotary, ctx))
-        out: Tensor = x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
-        return out
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_norm.add(x, delta)
+        normed, x = self.pre_mlp_norm.add(x, self.post_attention_norm(self.self_attn(normed, rotary, ctx)))
+        return x, self.post_mlp_norm(self.mlp(normed))
 
 
 class Gemma2ForCausalLM(LlamaForCausalLM):

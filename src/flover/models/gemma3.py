@@ -56,7 +56,7 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         x: Tensor = self.embed(input_ids)
         local = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
         full = self.full_rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        delta: Tensor | None = None
         for layer, windowed in zip(self.layers, self.windowed):
-            x = layer(x, local if windowed else full, self.rotary, ctx)
-        out: Tensor = self.norm(x)
-        return out
+            x, delta = layer(x, delta, local if windowed else full, ctx)
+        return self.norm.add(x, delta)[0]

@@ -57,10 +57,10 @@ class GPT2Block(nn.Module):
         size = config.positive("n_inner", 4 * config.hidden_size)
         self.mlp = GPT2MLP(config, size, str(config.hf.get("activation_function", "gelu_new")))
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        x = x + self.self_attn(self.input_norm(x), ctx)
-        out: Tensor = x + self.mlp(self.post_norm(x))
-        return out
+    def forward(self, x: Tensor, delta: Tensor | None, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_norm.add(x, delta)
+        normed, x = self.post_norm.add(x, self.self_attn(normed, ctx))
+        return x, self.mlp(normed)
 
 
 class GPT2LMHeadModel(nn.Module):
@@ -101,10 +101,10 @@ class GPT2LMHeadModel(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         x = self.embed(input_ids) + self.embed_positions(positions)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, ctx)
-        out: Tensor = self.norm(x)
-        return out
+            x, delta = layer(x, delta, ctx)
+        return self.norm.add(x, delta)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.lm_head(hidden)

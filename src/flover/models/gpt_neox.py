@@ -12,10 +12,9 @@ from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import Embedding, LMHead
 from flover.layers.linear import Linear
 from flover.layers.norm import LayerNorm
-from flover.layers.rotary import Rotary, rope_parameters
+from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
 from flover.models.base import Source, per_head
 from flover.models.gpt2 import GPT2MLP
-from flover.models.llama import Tables
 
 
 class GPTNeoXAttention(nn.Module):
@@ -27,9 +26,9 @@ class GPTNeoXAttention(nn.Module):
         self.out_proj = Linear(config.hidden_size, config.hidden_size, bias)
         self.attn = Attention(layer, config.head_dim**-0.5)
 
-    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, ctx: ForwardContext) -> Tensor:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
-        out: Tensor = self.out_proj(self.attn(rotary(q, tables), rotary(k, tables), v, ctx))
+        out: Tensor = self.out_proj(self.attn(q, k, v, ctx, rotary))
         return out
 
 
@@ -43,10 +42,15 @@ class GPTNeoXBlock(nn.Module):
         self.mlp = GPT2MLP(config, config.positive("intermediate_size"), str(config.hf.get("hidden_act", "gelu")))
         self.parallel = bool(config.hf.get("use_parallel_residual", True))
 
-    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
-        attended: Tensor = x + self.self_attn(self.input_norm(x), tables, rotary, ctx)
-        out: Tensor = attended + self.mlp(self.post_norm(x if self.parallel else attended))
-        return out
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_norm.add(x, delta)
+        attended = self.self_attn(normed, rotary, ctx)
+        if self.parallel:
+            return x, attended + self.mlp(self.post_norm(x))
+        normed, x = self.post_norm.add(x, attended)
+        return x, self.mlp(normed)
 
 
 class GPTNeoXForCausalLM(nn.Module):
@@ -89,11 +93,11 @@ class GPTNeoXForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         x: Tensor = self.embed(input_ids)
-        tables = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        rotary = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, tables, self.rotary, ctx)
-        out: Tensor = self.norm(x)
-        return out
+            x, delta = layer(x, delta, rotary, ctx)
+        return self.norm.add(x, delta)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.lm_head(hidden)

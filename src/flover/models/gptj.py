@@ -12,10 +12,9 @@ from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import Embedding, LMHead
 from flover.layers.linear import Linear
 from flover.layers.norm import LayerNorm
-from flover.layers.rotary import Rotary
+from flover.layers.rotary import Rotary, RotaryTables
 from flover.models.base import Source, join
 from flover.models.gpt2 import GPT2MLP
-from flover.models.llama import Tables
 
 
 class GPTJAttention(nn.Module):
@@ -26,9 +25,9 @@ class GPTJAttention(nn.Module):
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
         self.attn = Attention(layer, config.head_dim**-0.5)
 
-    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, ctx: ForwardContext) -> Tensor:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
-        out: Tensor = self.out_proj(self.attn(rotary(q, tables), rotary(k, tables), v, ctx))
+        out: Tensor = self.out_proj(self.attn(q, k, v, ctx, rotary))
         return out
 
 
@@ -40,10 +39,11 @@ class GPTJBlock(nn.Module):
         size = config.positive("n_inner", 4 * config.hidden_size)
         self.mlp = GPT2MLP(config, size, str(config.hf.get("activation_function", "gelu_new")))
 
-    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
-        normed = self.input_norm(x)
-        out: Tensor = x + self.self_attn(normed, tables, rotary, ctx) + self.mlp(normed)
-        return out
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = self.input_norm.add(x, delta)
+        return x, self.self_attn(normed, rotary, ctx) + self.mlp(normed)
 
 
 class GPTJForCausalLM(nn.Module):
@@ -82,11 +82,11 @@ class GPTJForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         x: Tensor = self.embed(input_ids)
-        tables = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        rotary = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, tables, self.rotary, ctx)
-        out: Tensor = self.norm(x)
-        return out
+            x, delta = layer(x, delta, rotary, ctx)
+        return self.norm.add(x, delta)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.lm_head(hidden)

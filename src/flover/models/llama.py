@@ -13,10 +13,8 @@ from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import Embedding, LMHead
 from flover.layers.linear import Linear
 from flover.layers.norm import RMSNorm
-from flover.layers.rotary import Rotary, rope_parameters
+from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
 from flover.models.base import Source, join
-
-Tables = tuple[Tensor, Tensor]
 
 
 class LlamaAttention(nn.Module):
@@ -35,10 +33,9 @@ class LlamaAttention(nn.Module):
         self.k_norm: nn.Module = nn.Identity()
         self.attn = Attention(layer, config.head_dim**-0.5, config.sliding_window(layer))
 
-    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, ctx: ForwardContext) -> Tensor:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).split(self.sizes, -1))
-        q, k = rotary(self.q_norm(q), tables), rotary(self.k_norm(k), tables)
-        out: Tensor = self.o_proj(self.attn(q, k, v, ctx))
+        out: Tensor = self.o_proj(self.attn(self.q_norm(q), self.k_norm(k), v, ctx, rotary))
         return out
 
 
@@ -51,8 +48,7 @@ class LlamaMLP(nn.Module):
         self.act = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        out: Tensor = self.down_proj(self.act(gate) * up)
+        out: Tensor = self.down_proj(self.act.gated(self.gate_up_proj(x)))
         return out
 
 
@@ -68,10 +64,13 @@ class LlamaBlock(nn.Module):
         bias = bool(config.hf.get("mlp_bias", False))
         self.mlp = LlamaMLP(config, str(config.hf.get("hidden_act", "silu")), bias)
 
-    def forward(self, x: Tensor, tables: Tables, rotary: Rotary, ctx: ForwardContext) -> Tensor:
-        x = x + self.self_attn(self.input_norm(x), tables, rotary, ctx)
-        out: Tensor = x + self.mlp(self.post_norm(x))
-        return out
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """The stream is x + delta: each norm adds what the part before it made, in one pass."""
+        normed, x = self.input_norm.add(x, delta)
+        normed, x = self.post_norm.add(x, self.self_attn(normed, rotary, ctx))
+        return x, self.mlp(normed)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -117,11 +116,11 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         x: Tensor = self.embed(input_ids)
-        tables = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        rotary = self.rotary.tables(positions, ctx.prompt_lens, x.dtype)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, tables, self.rotary, ctx)
-        out: Tensor = self.norm(x)
-        return out
+            x, delta = layer(x, delta, rotary, ctx)
+        return self.norm.add(x, delta)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.lm_head(hidden)

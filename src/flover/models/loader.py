@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flover.config import ModelConfig, read_json
-from flover.layers.activation import Activation
-from flover.layers.linear import Linear
+from flover.kernels.dispatch import load_backend
+from flover.layers.base import Layer
 from flover.layers.norm import LayerNorm, RMSNorm
 from flover.models.base import CausalLM, Source
 from flover.models.registry import model_class
@@ -76,6 +77,7 @@ def load_model(
     batch_invariant: bool = False,
     load_format: str = "auto",
     seed: int = 0,
+    backend: str = "torch",
 ) -> nn.Module:
     """The family's module on `device` in `dtype`, in eval mode, nothing requiring a gradient.
 
@@ -83,19 +85,14 @@ def load_model(
         folder: of the checkpoint; not read when load_format is "dummy".
         batch_invariant: fixed shapes for matrix products and activations (DESIGN section 4, statement b).
         load_format: "auto" reads the checkpoint, "dummy" draws weights from `seed` (for benchmarks).
+        backend: whose functions the layers call (`kernels.dispatch`).
 
     Raises:
         ValueError: an unknown architecture or setting; a checkpoint that does not match the model exactly.
     """
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
-    family = model_class(config.architecture)
-    try:
-        with torch.device("meta"):
-            module = family(config)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"config.json of {folder} has a value of the wrong type, or lacks one: {error}") from None
-    assert isinstance(module, nn.Module)
+    family, module = model_class(config.architecture), _skeleton(config, folder)
     parameters = _parameters(module)
     if load_format == "dummy":
         _fill_dummy(parameters, dtype, device, seed)
@@ -103,10 +100,31 @@ def load_model(
         with ExitStack() as stack:
             checkpoint = _Checkpoint(Path(folder), stack)
             _fill(parameters, checkpoint, family, config, dtype, device)
+    ops = load_backend(backend)
     for part in module.modules():
-        if isinstance(part, (Linear, Activation)):
-            part.batch_invariant = batch_invariant
+        if isinstance(part, Layer):
+            part.ops, part.batch_invariant = ops, batch_invariant
     return module.to(device).eval()  # moves the buffers: rope frequencies, ALiBi slopes
+
+
+def weight_bytes(folder: Path | str, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that the weights take once loaded; tied ones count once. All layers are alike, so two are looked at."""
+    one, two = (
+        sum(parameter.shape.numel() for parameter in _parameters(_skeleton(replace(config, num_layers=n), folder)))
+        for n in (1, 2)
+    )
+    return (one + (config.num_layers - 1) * (two - one)) * dtype.itemsize
+
+
+def _skeleton(config: ModelConfig, folder: Path | str) -> nn.Module:
+    """The family's module without any memory behind its parameters."""
+    try:
+        with torch.device("meta"):
+            module = model_class(config.architecture)(config)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"config.json of {folder} has a value of the wrong type, or lacks one: {error}") from None
+    assert isinstance(module, nn.Module)
+    return module
 
 
 class _Checkpoint:

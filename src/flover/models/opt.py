@@ -47,13 +47,13 @@ class OPTBlock(nn.Module):
         out: Tensor = self.down_proj(self.act(self.up_proj(x)))
         return out
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, delta: Tensor | None, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
         if self.norm_first:
-            x = x + self.attend(self.attn_norm(x), ctx)
-            return x + self.mlp(self.mlp_norm(x))
-        x = self.attn_norm(x + self.attend(x, ctx))  # OPT-350m
-        out: Tensor = self.mlp_norm(x + self.mlp(x))
-        return out
+            normed, x = self.attn_norm.add(x, delta)
+            normed, x = self.mlp_norm.add(x, self.attend(normed, ctx))
+            return x, self.mlp(normed)
+        x, _ = self.attn_norm.add(x, self.attend(x, ctx))  # OPT-350m
+        return self.mlp_norm.add(x, self.mlp(x))[0], None
 
 
 class OPTForCausalLM(nn.Module):
@@ -90,7 +90,7 @@ class OPTForCausalLM(nn.Module):
         self.project_in: nn.Module = Linear(dim, hidden) if dim != hidden else nn.Identity()
         self.layers = nn.ModuleList(OPTBlock(config, i) for i in range(config.num_layers))
         last = config.hf.get("do_layer_norm_before", True) and not config.hf.get("_remove_final_layer_norm", False)
-        self.norm: nn.Module = opt_norm(config) if last else nn.Identity()
+        self.norm = opt_norm(config) if last else None
         self.project_out: nn.Module = Linear(hidden, dim) if dim != hidden else nn.Identity()
         self.lm_head = LMHead(dim, config.vocab_size)
         if config.tie_word_embeddings:
@@ -98,9 +98,12 @@ class OPTForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         x = self.project_in(self.embed(input_ids)) + self.embed_positions(positions + POSITION_OFFSET)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, ctx)
-        out: Tensor = self.norm(x)
+            x, delta = layer(x, delta, ctx)
+        if self.norm is None:
+            return x if delta is None else x + delta
+        out: Tensor = self.norm.add(x, delta)[0]
         return out
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

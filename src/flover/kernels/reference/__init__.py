@@ -1,1 +1,53 @@
-"""Pure-torch twins: the specification of every kernel, and the CPU path."""
+"""Pure-torch twins: the specification of every kernel, the CPU path, and fp64 on any device.
+
+The names here are those that a layer may call; `kernels.triton` has the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flover.kernels.reference import attention as _plain
+from flover.kernels.reference import invariant as _invariant
+from flover.kernels.reference.fused import ACTIVATIONS, layer_norm, rms_norm, rotary_store, rotary_tables
+from flover.kernels.reference.kv_cache import copy_blocks, poison_blocks
+from flover.kernels.reference.sampling import draw
+
+__all__ = [
+    "activation",
+    "attention",
+    "copy_blocks",
+    "draw",
+    "gated",
+    "layer_norm",
+    "linear",
+    "poison_blocks",
+    "rms_norm",
+    "rotary_store",
+    "rotary_tables",
+]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+    """`x @ weight.T + bias`; x `[num_tokens, in]`, weight `[out, in]`."""
+    return _invariant.tiled_linear(x, weight, bias) if batch_invariant else F.linear(x, weight, bias)
+
+
+def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """An element-wise function by its config.json name."""
+    function = ACTIVATIONS[name]
+    return _invariant.tiled_map(function, x) if batch_invariant else function(x)
+
+
+def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up."""
+    gate, up = x.chunk(2, -1)
+    return activation(gate, name, batch_invariant=batch_invariant) * up
+
+
+def attention(q: Tensor, *args: Any, batch_invariant: bool = False, **options: Any) -> Tensor:
+    """`reference.attention.attention`, or its batch-invariant form."""
+    return (_invariant.invariant_attention if batch_invariant else _plain.attention)(q, *args, **options)

@@ -217,6 +217,40 @@ def sample_tokens(scores: Tensor, noise: Tensor | None = None, random: Tensor | 
     return token_ids * finite, finite
 
 
+def draw(
+    scores: Tensor,
+    *,
+    temperature: Tensor,
+    random: Tensor | None,
+    seeds: Tensor,
+    choices: Tensor,
+    positions: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    max_top_k: int = 0,
+    open_top_p: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The next token of every row: temperature, filters, Gumbel noise, argmax. Greedy rows take their best score.
+
+    Args:
+        scores: [rows, vocab], any float dtype; not written to.
+        temperature: [rows]. random: [rows] 1, or 0 where the row is greedy; None if all are.
+        seeds, choices, positions: [rows] int64, as `gumbel` takes them.
+        top_k, top_p, min_p, max_top_k, open_top_p: as `filter_logits` takes them.
+
+    Returns:
+        (token ids [rows] int64, finite [rows] bool), as `sample_tokens` does.
+    """
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if random is None:
+        return sample_tokens(scores)
+    scores = scores / temperature[:, None].to(scores.dtype)
+    if top_k is not None or top_p is not None or min_p is not None:
+        filter_logits(scores, top_k, top_p, min_p, max_top_k, open_top_p)
+    return sample_tokens(scores, gumbel(scores.shape[1], seeds, choices, positions), random)
+
+
 def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities under the raw logits. Equal logits are ordered by id, whatever k.
 

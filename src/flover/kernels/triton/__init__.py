@@ -1,0 +1,21 @@
+"""The GPU backend: Triton kernels, each with its specification in kernels/reference, under the same names."""
+
+from flover.kernels.triton.attention import attention
+from flover.kernels.triton.fused import activation, gated, layer_norm, rms_norm, rotary_store, rotary_tables
+from flover.kernels.triton.kv_cache import copy_blocks, poison_blocks
+from flover.kernels.triton.linear import linear
+from flover.kernels.triton.sampling import draw
+
+__all__ = [
+    "activation",
+    "attention",
+    "copy_blocks",
+    "draw",
+    "gated",
+    "layer_norm",
+    "linear",
+    "poison_blocks",
+    "rms_norm",
+    "rotary_store",
+    "rotary_tables",
+]

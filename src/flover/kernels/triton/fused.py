@@ -1,0 +1,301 @@
+"""Row-wise steps of a layer, each in one launch: residual and norm, activation and gate, rotation and KV store.
+
+All of it is bound by memory: every input is read once, every output written once, arithmetic is fp32. Sums run over one
+row in one program, so a token's bits do not depend on its batch. The twins are in kernels/reference/fused.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
+
+
+@triton.jit
+def _norm(
+    x,
+    residual,
+    weight,
+    bias,
+    normed,
+    summed,
+    stride_x,
+    stride_r,
+    dim,
+    eps,
+    RMS: tl.constexpr,
+    ADD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    grid_launch(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < dim
+    w = tl.zeros([BLOCK], tl.float32)
+    b = tl.zeros([BLOCK], tl.float32)
+    if WEIGHT:  # parameters wait for no one
+        w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        b = tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+    grid_wait(PDL)
+    value = tl.load(x + row * stride_x + i, mask=inside, other=0.0)
+    if ADD:
+        value = value + tl.load(residual + row * stride_r + i, mask=inside, other=0.0)
+        tl.store(summed + row * dim + i, value, mask=inside)
+    wide = value.to(tl.float32)
+    if RMS:
+        out = wide * tl.rsqrt(tl.sum(wide * wide) / dim + eps)
+        if UNIT_OFFSET:
+            out = out * (1.0 + w)
+        else:
+            out = out.to(normed.dtype.element_ty).to(tl.float32) * w
+    else:
+        centred = tl.where(inside, wide - tl.sum(wide) / dim, 0.0)
+        out = centred * tl.rsqrt(tl.sum(centred * centred) / dim + eps)
+        if WEIGHT:
+            out = out * w
+        if BIAS:
+            out = out + b
+    tl.store(normed + row * dim + i, out.to(normed.dtype.element_ty), mask=inside)
+
+
+def _normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool, offset: bool
+) -> tuple[Tensor, Tensor]:
+    dim = x.shape[-1]
+    if x.dim() != 2 and not x.is_contiguous():  # heads of a fused projection
+        x = x.contiguous()
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = x.numel() // dim
+    if residual is not None:
+        assert residual.is_contiguous() or residual.dim() == 2
+    summed = x if residual is None else torch.empty_like(normed)
+    block = triton.next_power_of_2(dim)
+    if rows:
+        _norm[(rows,)](
+            x,
+            x if residual is None else residual,
+            x if weight is None else weight,
+            x if bias is None else bias,
+            normed,
+            summed,
+            x.stride(-2),
+            x.stride(-2) if residual is None else residual.stride(-2),
+            dim,
+            eps,
+            RMS=rms,
+            ADD=residual is not None,
+            WEIGHT=weight is not None,
+            BIAS=bias is not None,
+            UNIT_OFFSET=offset,
+            BLOCK=block,
+            num_warps=min(max(block // 512, 1), 16),
+            **launch_options(x.device),
+        )
+    return normed, summed
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x + residual) / rms * weight, and x + residual. unit_offset: the weight is stored minus one (Gemma)."""
+    return _normalise(x, weight, None, eps, residual, True, unit_offset)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Layer norm of x + residual, and x + residual."""
+    return _normalise(x, weight, bias, eps, residual, False, False)
+
+
+@triton.jit
+def _activate(x, NAME: tl.constexpr):
+    if NAME == "relu":
+        return tl.maximum(x, 0.0)
+    if NAME == "silu" or NAME == "swish":
+        return x * tl.sigmoid(x)
+    if NAME == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
+    if NAME == "gelu":
+        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # the tanh form: 1 + tanh(y) = 2 sigmoid(2y)
+
+
+@triton.jit
+def _gate(x, out, stride_x, width, NAME: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    grid_launch(PDL)
+    grid_wait(PDL)
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < width
+    gate = tl.load(x + row * stride_x + i, mask=inside, other=0.0)
+    value = _activate(gate.to(tl.float32), NAME).to(gate.dtype)
+    if GATED:
+        value = value * tl.load(x + row * stride_x + width + i, mask=inside, other=0.0)
+    tl.store(out + row * width + i, value, mask=inside)
+
+
+def _activation(x: Tensor, name: str, gated: bool) -> Tensor:
+    x = x if x.dim() == 2 else x.flatten(0, -2)
+    rows, width = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    block = 512 if rows < 16 else 2048  # few rows: as many programs as there is room for
+    if rows:
+        _gate[(triton.cdiv(width, block), rows)](
+            x,
+            out,
+            x.stride(0),
+            width,
+            NAME=name,
+            GATED=gated,
+            BLOCK=block,
+            num_warps=block // 256,
+            **launch_options(x.device),
+        )
+    return out
+
+
+def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """An element-wise function of x `[num_tokens, n]` by its config.json name; always batch-invariant."""
+    return _activation(x, name, False)
+
+
+def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up; always batch-invariant."""
+    return _activation(x, name, True)
+
+
+@triton.jit
+def _tables(positions, inv_freq, cos, sin, PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    grid_launch(PDL)
+    grid_wait(PDL)
+    token = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(inv_freq + i, mask=i < PAIRS, other=0.0)
+    tl.store(cos + token * PAIRS + i, tl.cos(angle).to(cos.dtype.element_ty), mask=i < PAIRS)
+    tl.store(sin + token * PAIRS + i, tl.sin(angle).to(sin.dtype.element_ty), mask=i < PAIRS)
+
+
+def rotary_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, each `[num_tokens, 1, len(inv_freq)]`."""
+    n, pairs = len(positions), len(inv_freq)
+    cos, sin = torch.empty(2, n, 1, pairs, dtype=dtype, device=positions.device)
+    if n:
+        block = triton.next_power_of_2(pairs)
+        _tables[(n,)](
+            positions, inv_freq, cos, sin, PAIRS=pairs, BLOCK=block, num_warps=1, **launch_options(positions.device)
+        )
+    return cos, sin
+
+
+@triton.jit
+def _rotary_store(
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    k_cache,
+    v_cache,
+    slots,
+    stride_q,
+    stride_k,
+    stride_v,
+    FIRST: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a token and head: query heads, then key heads, then value heads."""
+    grid_launch(PDL)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) + FIRST
+    grid_wait(PDL)
+    slot = tl.load(slots + token)
+    d = tl.arange(0, BLOCK_D)
+    if head >= NUM_HEADS + KV_HEADS:
+        h = head - NUM_HEADS - KV_HEADS
+        if slot >= 0:
+            value = tl.load(v + token * stride_v + h * HEAD_DIM + d, mask=d < HEAD_DIM)
+            tl.store(v_cache + (slot * KV_HEADS + h) * HEAD_DIM + d, value, mask=d < HEAD_DIM)
+    else:
+        if head < NUM_HEADS:
+            source = q + token * stride_q + head * HEAD_DIM
+        else:
+            source = k + token * stride_k + (head - NUM_HEADS) * HEAD_DIM
+        x = tl.load(source + d, mask=d < HEAD_DIM, other=0.0)
+        if PAIRS > 0:
+            if INTERLEAVED:
+                pair, other = d // 2, d ^ 1
+                sign = tl.where(d % 2 == 0, -1.0, 1.0)
+            else:
+                first = d < PAIRS
+                pair, other = tl.where(first, d, d - PAIRS), tl.where(first, d + PAIRS, d - PAIRS)
+                sign = tl.where(first, -1.0, 1.0)
+            turned = d < 2 * PAIRS
+            y = tl.load(source + other, mask=turned, other=0.0).to(tl.float32)
+            c = tl.load(cos + token * PAIRS + pair, mask=turned, other=1.0).to(tl.float32)
+            s = tl.load(sin + token * PAIRS + pair, mask=turned, other=0.0).to(tl.float32)
+            x = (x.to(tl.float32) * c + sign * y * s).to(x.dtype)
+            tl.debug_barrier()  # q is rotated in place: every partner has been read
+        if head < NUM_HEADS:
+            tl.store(source + d, x, mask=d < HEAD_DIM)
+        else:
+            if slot >= 0:
+                tl.store(k_cache + (slot * KV_HEADS + head - NUM_HEADS) * HEAD_DIM + d, x, mask=d < HEAD_DIM)
+
+
+def rotary_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
+    """Rotate q in place and k on its way into the cache, store v; -> q. Slots below 0 are not stored.
+
+    q, k, v: `[num_tokens, heads, head_dim]`, views of one projection: heads side by side, any stride between tokens.
+    """
+    n, num_heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    first = 0 if cos is not None else num_heads  # without rotation q stays as it is
+    if n:
+        _rotary_store[(n, num_heads + 2 * kv_heads - first)](
+            q,
+            k,
+            v,
+            q if cos is None else cos,
+            q if sin is None else sin,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            FIRST=first,
+            NUM_HEADS=num_heads,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            PAIRS=0 if cos is None else cos.shape[-1],
+            INTERLEAVED=interleaved,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            num_warps=1,
+            **launch_options(q.device),
+        )
+    return q
