@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flover.layers.activation import Activation
 from flover.layers.base import Layer
 
 
@@ -36,4 +37,11 @@ class Linear(Layer):
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return product
         out: Tensor = self.ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+        return out
+
+    def gated(self, x: Tensor, act: Activation) -> Tensor:
+        """act(gate) * up of a layer whose outputs are gate and up, `[num_tokens, 2n]` -> `[num_tokens, n]`."""
+        if self.packed is not None:
+            return act.gated(self(x))
+        out: Tensor = self.ops.gated_linear(x, self.weight, self.bias, act.name, batch_invariant=self.batch_invariant)
         return out

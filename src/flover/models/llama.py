@@ -48,7 +48,7 @@ class LlamaMLP(nn.Module):
         self.act = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.act.gated(self.gate_up_proj(x)))
+        out: Tensor = self.down_proj(self.gate_up_proj.gated(x, self.act))
         return out
 
 

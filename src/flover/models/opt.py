@@ -97,7 +97,7 @@ class OPTForCausalLM(nn.Module):
             self.lm_head.tie(self.embed)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        x = self.project_in(self.embed(input_ids)) + self.embed_positions(positions + POSITION_OFFSET)
+        x: Tensor = self.project_in(self.embed(input_ids)) + self.embed_positions(positions + POSITION_OFFSET)
         delta: Tensor | None = None
         for layer in self.layers:
             x, delta = layer(x, delta, ctx)

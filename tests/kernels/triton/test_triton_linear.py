@@ -4,6 +4,7 @@ import pytest
 import torch
 from triton_device import DEVICE, DTYPES
 
+from flover.kernels.reference import gated
 from flover.kernels.triton.linear import Tiling, _launch, linear, tiling
 
 
@@ -32,10 +33,24 @@ def test_rows_of_the_invariant_product_have_the_same_bits_alone(dtype):
         assert torch.equal(linear(x[some], weight, None, batch_invariant=True), together[some])
 
 
-def test_the_tiling_fills_the_gpu_or_leaves_it_to_cublas():
+def test_gate_and_up_in_one_launch(dtype):
+    x, weight = torch.randn(5, 128, device=DEVICE).to(dtype), torch.randn(128, 128, device=DEVICE).to(dtype)
+    for bias in (None, torch.randn(128, device=DEVICE).to(dtype)):
+        for name in ("silu", "gelu"):
+            got = _launch(x, weight, bias, 16, Tiling(32, 64, 1, 2, 4), name).double()
+            want = gated(reference(x, weight, bias).to(dtype), name).double()
+            assert (got - want).norm() / want.norm() < {torch.float32: 1e-5}.get(dtype, 1e-2)
+
+
+def test_every_tiling_divides_its_shape():
+    """A product is cut in whole tiles, or left to cuBLAS."""
+    for rows in (1, 8, 9, 16, 17, 32, 33, 64):
+        for n in (1600, 4096, 4800, 5120, 6144, 11008, 12288, 16384, 28672):
+            for k in (1600, 4096, 5120, 11008, 14336, 16384):
+                t = tiling(rows, n, k, 132)
+                assert t is None or (n % t.block_n == 0 and k % (t.block_k * t.split_k) == 0)
     assert tiling(1, 4096, 4096, 132) == Tiling(64, 128, 2, 6, 4)
-    assert tiling(1, 28672, 4096, 132) is None  # wide: cuBLAS streams it as fast
-    assert tiling(1, 4096, 4000, 132) is None  # no whole tiles
+    assert tiling(65, 4096, 4096, 132) is None
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda" or len(DTYPES) < 3, reason="needs a GPU")

@@ -22,6 +22,7 @@ __all__ = [
     "copy_blocks",
     "draw",
     "gated",
+    "gated_linear",
     "layer_norm",
     "linear",
     "poison_blocks",
@@ -46,6 +47,11 @@ def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
     """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up."""
     gate, up = x.chunk(2, -1)
     return activation(gate, name, batch_invariant=batch_invariant) * up
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """act(x @ gate.T) * (x @ up.T), weight = gate over up."""
+    return gated(linear(x, weight, bias, batch_invariant=batch_invariant), name, batch_invariant=batch_invariant)
 
 
 def attention(q: Tensor, *args: Any, batch_invariant: bool = False, **options: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from flover.kernels.triton.attention import attention
 from flover.kernels.triton.fused import activation, gated, layer_norm, rms_norm, rotary_store, rotary_tables
 from flover.kernels.triton.kv_cache import copy_blocks, poison_blocks
-from flover.kernels.triton.linear import linear
+from flover.kernels.triton.linear import gated_linear, linear
 from flover.kernels.triton.sampling import draw
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "copy_blocks",
     "draw",
     "gated",
+    "gated_linear",
     "layer_norm",
     "linear",
     "poison_blocks",

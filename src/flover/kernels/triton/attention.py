@@ -24,6 +24,7 @@ from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
 
 PREFILL_TILE = 128  # queries of one program
 INVARIANT_TILE = 16  # the same, batch-invariant: tiles begin at multiples of it in absolute positions
+PROGRAMS = 264  # that a decode launch aims at: two for each multiprocessor of an H100 or H200
 MAX_SPLITS = 32
 MIN_SPLIT = 128  # keys that are worth a program of their own
 
@@ -390,7 +391,7 @@ def attention(
     where = (meta.block_table, meta.rows, meta.seq_lens)
     if meta.num_decode:
         n, group = meta.num_decode, max(16, triton.next_power_of_2(num_heads // kv_heads))
-        splits = min(max(2 * 132 // (n * kv_heads), 1), MAX_SPLITS)
+        splits = min(max(PROGRAMS // (n * kv_heads), 1), MAX_SPLITS)
         parts = n * kv_heads * splits * group if splits > 1 else 0
         acc = torch.empty(parts * block_d, dtype=torch.float32, device=q.device)
         maxima = torch.empty(parts * 2, dtype=torch.float32, device=q.device)

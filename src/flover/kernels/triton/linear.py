@@ -20,9 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
+from flover.kernels.triton.fused import _activate, gated
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
 AHEAD = 2  # tiles
+MAX_FEATURES = 65536  # cuBLAS streams an output head as fast as there is memory
 
 
 class Tiling(NamedTuple):
@@ -52,6 +54,7 @@ def _linear(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATE: tl.constexpr,  # an activation's name: the weight is gate over up, and out is act(gate) * up, [M, N / 2]
     EVEN: tl.constexpr,  # N and K / SPLIT_K are whole tiles
     AHEAD: tl.constexpr,  # tiles fetched into L2 before the wait
     PDL: tl.constexpr,
@@ -59,6 +62,8 @@ def _linear(
     grid_launch(PDL)
     pid_n, pid_k = tl.program_id(0), tl.program_id(1)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GATE != "":
+        N = N // 2
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
     start = pid_k * per_split
@@ -75,8 +80,18 @@ def _linear(
             is_pure=False,
             pack=1,
         )
+        if GATE != "":
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [rows + N.to(tl.int64) * K + lines[None, :]],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
     grid_wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for at in range(start, end, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         if EVEN:
@@ -86,6 +101,9 @@ def _linear(
             wt = tl.load(rows + k[None, :], mask=(n[:, None] < N) & (k[None, :] < end), other=0.0)
             xt = tl.load(tokens + k[:, None], mask=(m[None, :] < M) & (k[:, None] < end), other=0.0)
         acc = tl.dot(wt, xt, acc, input_precision="ieee")
+        if GATE != "":
+            wu = tl.load(rows + N.to(tl.int64) * K + k[None, :], eviction_policy="evict_first")
+            up = tl.dot(wu, xt, up, input_precision="ieee")
     inside = (n[:, None] < N) & (m[None, :] < M)
     where = m[None, :].to(tl.int64) * N + n[:, None]
     if SPLIT_K > 1:
@@ -102,7 +120,12 @@ def _linear(
     else:
         if HAS_BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + where, acc.to(out.dtype.element_ty), mask=inside)
+        result = acc.to(out.dtype.element_ty)
+        if GATE != "":  # rounded where the separate steps round
+            if HAS_BIAS:
+                up += tl.load(bias + N + n).to(tl.float32)[:, None]
+            result = _activate(result.to(tl.float32), GATE).to(out.dtype.element_ty) * up.to(out.dtype.element_ty)
+        tl.store(out + where, result, mask=inside)
 
 
 @cache
@@ -110,12 +133,14 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(65536, dtype=torch.int32, device=device)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int, t: Tiling) -> Tensor:
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int, t: Tiling, gate: str = "") -> Tensor:
     (M, K), N = x.shape, weight.shape[0]
-    out = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    width = N // 2 if gate else N
+    out = torch.empty(M, width, dtype=x.dtype, device=x.device)
     partial = torch.empty(t.split_k * M * N, dtype=torch.float32, device=x.device) if t.split_k > 1 else out
-    even = N % t.block_n == 0 and K % (t.block_k * t.split_k) == 0
-    _linear[(triton.cdiv(N, t.block_n), t.split_k, triton.cdiv(M, block_m))](
+    even = width % t.block_n == 0 and K % (t.block_k * t.split_k) == 0
+    assert even or not gate
+    _linear[(triton.cdiv(width, t.block_n), t.split_k, triton.cdiv(M, block_m))](
         x,
         weight,
         x if bias is None else bias,
@@ -131,6 +156,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int, t: Til
         BLOCK_K=t.block_k,
         SPLIT_K=t.split_k,
         HAS_BIAS=bias is not None,
+        GATE=gate,
         EVEN=even,
         AHEAD=AHEAD if even and AHEAD * t.block_k * t.split_k <= K else 0,
         num_stages=t.num_stages,
@@ -142,13 +168,26 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int, t: Til
 
 @cache
 def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tiling | None:
-    """How to cut a product of few rows so that its programs just fill the GPU; None: cuBLAS is as fast."""
-    for split in (2, 4):
-        programs = out_features // 64 * split
-        whole = out_features % 64 == 0 and in_features % (128 * split) == 0
-        if whole and 0.7 * num_sms <= programs <= num_sms and in_features >= 1024:
-            return Tiling(64, 128, split, num_stages=5 if rows > 32 else 6, num_warps=8 if 16 < rows <= 32 else 4)
-    return None
+    """How to cut a product of few rows so that its programs just fill the GPU; None: leave it to cuBLAS."""
+    tiles = out_features // 64
+    if rows > MAX_ROWS or out_features % 128 or in_features < 1024:
+        return None
+    if tiles >= 2 * num_sms:  # wide
+        choice = Tiling(64, 128, 1, 6, 4) if rows <= 16 else Tiling(128, 64, 1, 6 if rows <= 32 else 5, 4)
+    elif tiles <= num_sms // 2:  # narrow
+        split = 2 if 3 * tiles > num_sms else 4
+        choice = Tiling(64, 128, split, 5 if rows > 32 else 6, 8 if 16 < rows <= 32 else 4)
+    elif rows <= 8:
+        choice = Tiling(128, 64, 4, 4, 4)
+    else:
+        choice = Tiling(64, 256, 1, 3, 4) if rows <= 32 else Tiling(64, 128, 1, 4, 8)
+    return choice if in_features % (choice.block_k * choice.split_k) == 0 else None
+
+
+def _tiling_for(x: Tensor, weight: Tensor) -> Tiling | None:
+    if x.dtype not in (torch.float16, torch.bfloat16) or not weight.is_cuda or len(weight) > MAX_FEATURES:
+        return None
+    return tiling(x.shape[0], *weight.shape, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
@@ -159,10 +198,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: b
     if batch_invariant:
         wide = x.dtype == torch.float32
         return _launch(x, weight, bias, 64, Tiling(64, 32 if wide else 64, 1, num_stages=3, num_warps=4))
-    rows = x.shape[0]
-    if rows <= MAX_ROWS and x.dtype in (torch.float16, torch.bfloat16) and weight.is_cuda:
-        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        chosen = tiling(rows, *weight.shape, sms)
-        if chosen is not None:
-            return _launch(x, weight, bias, max(16, triton.next_power_of_2(rows)), chosen)
-    return F.linear(x, weight, bias)
+    chosen = _tiling_for(x, weight)
+    if chosen is None:
+        return F.linear(x, weight, bias)
+    return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), chosen)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """act(x @ gate.T) * (x @ up.T), weight = gate over up; few rows in one launch."""
+    chosen = None if batch_invariant else _tiling_for(x, weight)
+    if chosen is None or chosen.split_k > 1:
+        return gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
+    half = chosen._replace(block_n=64, block_k=64, num_stages=6 if x.shape[0] <= 32 else 5)
+    return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), half, name)
