@@ -75,7 +75,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "tiny": llama(128, 256, 2, 4, 2, 1000, 2048),
 }
-PARTS = ("decode", "prefill", "offline", "paper", "anatomy")
+PARTS = ("decode", "prefill", "offline", "paper", "anatomy", "transformers")
 
 
 class Engine:
@@ -273,6 +273,39 @@ def anatomy(engine: Engine, batch: int) -> dict[str, Any]:
     return result
 
 
+BATCH = [(random.Random(i).randint(16, 512), 128) for i in range(128)]  # what `generate_batch` is compared on
+
+
+def transformers_process(name: str) -> None:
+    """transformers' continuous batching over BATCH, in a process of its own; prints seconds, the best of two."""
+    import transformers
+
+    shape = {k: v for k, v in MODELS[name].items() if k != "architectures"}
+    config = transformers.LlamaConfig(**shape, eos_token_id=None, bos_token_id=None)
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=128, eos_token_id=-1, pad_token_id=0)
+    rng, best = random.Random(0), float("inf")
+    for _ in range(2):
+        ids = [[rng.randrange(config.vocab_size) for _ in range(n)] for n, _ in BATCH]
+        started = time.perf_counter()
+        outputs = model.generate_batch(inputs=ids, generation_config=settings)
+        best = min(best, time.perf_counter() - started)
+        assert sum(len(o.generated_tokens) for o in outputs.values()) == 128 * len(BATCH)
+    print(best, flush=True)
+
+
+def against_transformers(engine: Engine, seconds: float | str) -> dict[str, Any]:
+    """128 requests of 16-512 tokens, 128 tokens out, all at once."""
+    ours = min(engine.run(BATCH)[0] for _ in range(3))
+    tokens = sum(m for _, m in BATCH)
+    result: dict[str, Any] = {"flover_tokens_per_s": round(tokens / ours), "transformers": seconds}
+    if isinstance(seconds, float):
+        result |= {"transformers": round(tokens / seconds), "times_as_fast": round(seconds / ours, 1)}
+    print("transformers", result, flush=True)
+    return result
+
+
 def environment() -> dict[str, Any]:
     import triton
 
@@ -293,8 +326,11 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama3-8b")
     parser.add_argument("--only", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--batches", default="1,8,16,32,64,128,256")
+    parser.add_argument("--transformers-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_MODEL.json")
     args = parser.parse_args()
+    if args.transformers_process:
+        return transformers_process(args.model)
     wanted = args.only.split(",")
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
@@ -309,6 +345,11 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     gc.collect()
     torch.cuda.empty_cache()
+    theirs: float | str = "not run"
+    if "transformers" in wanted:  # before the engine takes the memory
+        command = [sys.executable, __file__, "--model", args.model, "--transformers-process"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        theirs = float(done.stdout.split()[-1]) if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
     with tempfile.TemporaryDirectory(prefix="flover-bench-") as temporary:
         length = min(2048, MODELS[args.model].get("n_positions", MODELS[args.model].get("max_position_embeddings")))
         engine = Engine(
@@ -321,7 +362,8 @@ def main() -> None:
             "prefill": lambda: prefill(engine, bound, [(1, 1000), (8, 1000)]),
             "offline": lambda: offline(engine),
             "paper": lambda: paper(engine, (0.0, 0.02, 0.1, 0.5)),
-            "anatomy": lambda: [anatomy(engine, b) for b in (1, 32)],
+            "anatomy": lambda: [anatomy(engine, b) for b in (1, 32, 128)],
+            "transformers": lambda: against_transformers(engine, theirs),
         }
         for part in wanted:
             result[part] = parts[part]()

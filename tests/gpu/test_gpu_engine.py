@@ -60,8 +60,9 @@ def compare(cpu: list[Any], gpu: list[Any], spread: float) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str, tmp_path: Path) -> None:
     hf = build(CASES[name], tmp_path)
-    prompts = random_prompts(hf.config.vocab_size)
-    settings = {"max_num_batched_tokens": 24}
+    length = hf.config.max_position_embeddings if "dynamic" in name else 64
+    prompts = [p[: max(length - 30, 1)] for p in random_prompts(hf.config.vocab_size)]
+    settings = {"max_num_batched_tokens": 24, "max_model_len": length}
     compare(
         run(str(tmp_path), prompts, device="cpu", **settings), run(str(tmp_path), prompts, device="cuda", **settings), 4
     )

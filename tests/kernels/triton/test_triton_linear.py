@@ -5,7 +5,7 @@ import torch
 from triton_device import DEVICE, DTYPES
 
 from flover.kernels.reference import gated
-from flover.kernels.triton.linear import Tiling, _launch, linear, tiling
+from flover.kernels.triton.linear import Tiling, _launch, _launch_one, linear, tiling
 
 
 def reference(x, weight, bias):
@@ -26,6 +26,17 @@ def test_a_split_product(rows, split, shape, dtype):
             assert (got.double() - want).norm() / want.norm() < tolerance
 
 
+@pytest.mark.parametrize("shape", [(64, 160), (70, 97)])
+def test_one_row(shape, dtype):
+    x, weight = torch.randn(1, shape[1], device=DEVICE).to(dtype), torch.randn(*shape, device=DEVICE).to(dtype)
+    for bias in (None, torch.randn(shape[0], device=DEVICE).to(dtype)):
+        want = reference(x, weight, bias)
+        tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+        assert (_launch_one(x, weight, bias).double() - want).norm() / want.norm() < tolerance
+        got, want = _launch_one(x, weight, bias, "silu").double(), gated(want.to(dtype), "silu").double()
+        assert (got - want).norm() / want.norm() < 1e-2
+
+
 def test_rows_of_the_invariant_product_have_the_same_bits_alone(dtype):
     x, weight = torch.randn(70, 96, device=DEVICE).to(dtype), torch.randn(100, 96, device=DEVICE).to(dtype)
     together = linear(x, weight, None, batch_invariant=True)
@@ -44,17 +55,17 @@ def test_gate_and_up_in_one_launch(dtype):
 
 def test_every_tiling_divides_its_shape():
     """A product is cut in whole tiles, or left to cuBLAS."""
-    for rows in (1, 8, 9, 16, 17, 32, 33, 64):
+    for rows in (1, 8, 9, 16, 17, 32, 33, 64, 128):
         for n in (1600, 4096, 4800, 5120, 6144, 11008, 12288, 16384, 28672):
             for k in (1600, 4096, 5120, 11008, 14336, 16384):
                 t = tiling(rows, n, k, 132)
                 assert t is None or (n % t.block_n == 0 and k % (t.block_k * t.split_k) == 0)
     assert tiling(1, 4096, 4096, 132) == Tiling(64, 128, 2, 6, 4)
-    assert tiling(65, 4096, 4096, 132) is None
+    assert tiling(129, 4096, 4096, 132) is None
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda" or len(DTYPES) < 3, reason="needs a GPU")
-@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64, 128])
 def test_true_shapes(rows):
     for n, k in ((4096, 4096), (4096, 14336)):
         x, weight = (torch.randn(*s, device=DEVICE, dtype=torch.bfloat16) for s in ((rows, k), (n, k)))

@@ -24,9 +24,9 @@ from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
 
 PREFILL_TILE = 128  # queries of one program
 INVARIANT_TILE = 16  # the same, batch-invariant: tiles begin at multiples of it in absolute positions
-PROGRAMS = 264  # that a decode launch aims at: two for each multiprocessor of an H100 or H200
+PROGRAMS = 528  # that a decode launch aims at: four for each multiprocessor of an H100 or H200
 MAX_SPLITS = 32
-MIN_SPLIT = 128  # keys that are worth a program of their own
+MIN_SPLIT = 64  # keys that are worth a program of their own
 
 Ints = npt.NDArray[np.int32]
 
@@ -353,6 +353,13 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(1 << 18, dtype=torch.int32, device=device)
 
 
+def _decode_tiles(block_d: int, wide: bool, programs: int) -> dict[str, int]:
+    """Keys that a program reads at a time, and how. Many programs: small ones, of which more fit beside each other."""
+    if not wide and block_d <= 128 and programs >= PROGRAMS:
+        return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
+    return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": 2 if wide else 3}
+
+
 def attention(
     q: Tensor,
     k_cache: Tensor,
@@ -406,12 +413,10 @@ def attention(
             maxima,
             _arrivals(q.device),
             *scalars,
-            BLOCK_N=32 if wide or block_d > 128 else 64,
             GROUP=group,
             SPLITS=splits,
             SPLIT_UNIT=MIN_SPLIT,
-            num_warps=4,
-            num_stages=2 if wide else 3,
+            **_decode_tiles(block_d, wide, n * kv_heads * splits),
             **common,
         )
     if meta.tile_entry is not None and meta.tile_start is not None:

@@ -197,6 +197,23 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tu
 
 
 @triton.jit
+def _rotated(head, inside, d, cos, sin, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A head (or several: pointers `[heads, BLOCK_D]`) rotated; cos, sin: of its token."""
+    x = tl.load(head, mask=inside, other=0.0)
+    if INTERLEAVED:
+        pair, partner = d // 2, tl.where(d % 2 == 0, 1, -1)
+        sign = tl.where(d % 2 == 0, -1.0, 1.0)
+    else:
+        pair, partner = tl.where(d < PAIRS, d, d - PAIRS), tl.where(d < PAIRS, PAIRS, -PAIRS)
+        sign = tl.where(d < PAIRS, -1.0, 1.0)
+    turned = inside & (d < 2 * PAIRS)
+    y = tl.load(head + partner, mask=turned, other=0.0).to(tl.float32)
+    c = tl.load(cos + pair, mask=d < 2 * PAIRS, other=1.0).to(tl.float32)
+    s = tl.load(sin + pair, mask=d < 2 * PAIRS, other=0.0).to(tl.float32)
+    return (x.to(tl.float32) * c + sign * y * s).to(x.dtype)
+
+
+@triton.jit
 def _rotary_store(
     q,
     k,
@@ -209,51 +226,39 @@ def _rotary_store(
     stride_q,
     stride_k,
     stride_v,
-    FIRST: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a kv head
+    HEADS: tl.constexpr,  # the same, a power of two
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a token and head: query heads, then key heads, then value heads."""
+    """One program a token and kv head, with its query heads."""
     grid_launch(PDL)
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) + FIRST
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     grid_wait(PDL)
     slot = tl.load(slots + token)
     d = tl.arange(0, BLOCK_D)
-    if head >= NUM_HEADS + KV_HEADS:
-        h = head - NUM_HEADS - KV_HEADS
-        if slot >= 0:
-            value = tl.load(v + token * stride_v + h * HEAD_DIM + d, mask=d < HEAD_DIM)
-            tl.store(v_cache + (slot * KV_HEADS + h) * HEAD_DIM + d, value, mask=d < HEAD_DIM)
+    inside = d < HEAD_DIM
+    key = k + token * stride_k + head * HEAD_DIM + d
+    if PAIRS > 0:
+        h = tl.arange(0, HEADS)
+        queries = q + token * stride_q + (head * GROUP + h)[:, None] * HEAD_DIM + d[None, :]
+        mine = (h < GROUP)[:, None] & inside[None, :]
+        angles = token * PAIRS
+        turned = _rotated(queries, mine, d[None, :], cos + angles, sin + angles, PAIRS, INTERLEAVED)
+        key_out = _rotated(key, inside, d, cos + angles, sin + angles, PAIRS, INTERLEAVED)
+        tl.debug_barrier()  # q is rotated in place: every partner has been read
+        tl.store(queries, turned, mask=mine)
     else:
-        if head < NUM_HEADS:
-            source = q + token * stride_q + head * HEAD_DIM
-        else:
-            source = k + token * stride_k + (head - NUM_HEADS) * HEAD_DIM
-        x = tl.load(source + d, mask=d < HEAD_DIM, other=0.0)
-        if PAIRS > 0:
-            if INTERLEAVED:
-                pair, other = d // 2, d ^ 1
-                sign = tl.where(d % 2 == 0, -1.0, 1.0)
-            else:
-                first = d < PAIRS
-                pair, other = tl.where(first, d, d - PAIRS), tl.where(first, d + PAIRS, d - PAIRS)
-                sign = tl.where(first, -1.0, 1.0)
-            turned = d < 2 * PAIRS
-            y = tl.load(source + other, mask=turned, other=0.0).to(tl.float32)
-            c = tl.load(cos + token * PAIRS + pair, mask=turned, other=1.0).to(tl.float32)
-            s = tl.load(sin + token * PAIRS + pair, mask=turned, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) * c + sign * y * s).to(x.dtype)
-            tl.debug_barrier()  # q is rotated in place: every partner has been read
-        if head < NUM_HEADS:
-            tl.store(source + d, x, mask=d < HEAD_DIM)
-        else:
-            if slot >= 0:
-                tl.store(k_cache + (slot * KV_HEADS + head - NUM_HEADS) * HEAD_DIM + d, x, mask=d < HEAD_DIM)
+        key_out = tl.load(key, mask=inside, other=0.0)
+    if slot >= 0:
+        where = (slot * KV_HEADS + head) * HEAD_DIM + d
+        tl.store(k_cache + where, key_out, mask=inside)
+        value = tl.load(v + token * stride_v + head * HEAD_DIM + d, mask=inside, other=0.0)
+        tl.store(v_cache + where, value, mask=inside)
 
 
 def rotary_store(
@@ -274,9 +279,10 @@ def rotary_store(
     """
     n, num_heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    first = 0 if cos is not None else num_heads  # without rotation q stays as it is
+    group, block_d = num_heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
+    heads = triton.next_power_of_2(group)
     if n:
-        _rotary_store[(n, num_heads + 2 * kv_heads - first)](
+        _rotary_store[(n, kv_heads)](
             q,
             k,
             v,
@@ -288,14 +294,14 @@ def rotary_store(
             q.stride(0),
             k.stride(0),
             v.stride(0),
-            FIRST=first,
-            NUM_HEADS=num_heads,
             KV_HEADS=kv_heads,
+            GROUP=group,
+            HEADS=heads,
             HEAD_DIM=head_dim,
             PAIRS=0 if cos is None else cos.shape[-1],
             INTERLEAVED=interleaved,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            num_warps=1,
+            BLOCK_D=block_d,
+            num_warps=min(max(heads * block_d // 256, 1), 4),
             **launch_options(q.device),
         )
     return q

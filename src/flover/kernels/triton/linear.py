@@ -38,6 +38,58 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
+def _one_row(
+    x,  # [K]
+    w,  # [N, K]
+    bias,
+    out,  # [N]
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token: every product is its own, so no matrix instruction, and weights go straight to registers."""
+    grid_launch(PDL)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    if GATE != "":
+        N = N // 2
+    rows = w + n.to(tl.int64)[:, None] * K
+    uppers = rows + N.to(tl.int64) * K
+    inside = n[:, None] < N
+    mask = inside & (k[None, :] < K)
+    wt = tl.load(rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")  # weights wait for no one
+    wu = wt
+    if GATE != "":
+        wu = tl.load(uppers + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    grid_wait(PDL)
+    token = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    acc = wt.to(tl.float32) * token
+    up = wu.to(tl.float32) * token
+    for at in range(BLOCK_K, K, BLOCK_K):
+        mask = inside & ((at + k)[None, :] < K)
+        token = tl.load(x + at + k, mask=at + k < K, other=0.0).to(tl.float32)[None, :]
+        wt = tl.load(rows + (at + k)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        acc += wt.to(tl.float32) * token
+        if GATE != "":
+            wu = tl.load(uppers + (at + k)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            up += wu.to(tl.float32) * token
+    total = tl.sum(acc, 1)
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    result = total.to(out.dtype.element_ty)
+    if GATE != "":
+        other = tl.sum(up, 1)
+        if HAS_BIAS:
+            other += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+        result = _activate(result.to(tl.float32), GATE).to(out.dtype.element_ty) * other.to(out.dtype.element_ty)
+    tl.store(out + n, result, mask=n < N)
+
+
+@triton.jit
 def _linear(
     x,  # [M, K]
     w,  # [N, K]
@@ -133,6 +185,27 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(65536, dtype=torch.int32, device=device)
 
 
+def _launch_one(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str = "") -> Tensor:
+    N, K = weight.shape
+    width = N // 2 if gate else N
+    out = torch.empty(1, width, dtype=x.dtype, device=x.device)
+    _one_row[(triton.cdiv(width, 2),)](
+        x,
+        weight,
+        x if bias is None else bias,
+        out,
+        N,
+        K,
+        BLOCK_N=2,
+        BLOCK_K=1024 if N >= 4096 and not gate else 2048,
+        HAS_BIAS=bias is not None,
+        GATE=gate,
+        num_warps=4,
+        **launch_options(x.device),
+    )
+    return out
+
+
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int, t: Tiling, gate: str = "") -> Tensor:
     (M, K), N = x.shape, weight.shape[0]
     width = N // 2 if gate else N
@@ -168,24 +241,30 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int, t: Til
 
 @cache
 def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tiling | None:
-    """How to cut a product of few rows so that its programs just fill the GPU; None: leave it to cuBLAS."""
-    tiles = out_features // 64
-    if rows > MAX_ROWS or out_features % 128 or in_features < 1024:
+    """How to cut a product of few rows so that its programs just fill the GPU; None: leave it to cuBLAS.
+
+    Measured on an H200 (docs/performance.md). Wide weights keep every multiprocessor busy as they are; narrow ones do
+    once the inner dimension is split; for those in between, and for an output head, cuBLAS is as fast.
+    """
+    if rows > MAX_ROWS or out_features > MAX_FEATURES or in_features < 1024:
         return None
-    if tiles >= 2 * num_sms:  # wide
-        choice = Tiling(64, 128, 1, 6, 4) if rows <= 16 else Tiling(128, 64, 1, 6 if rows <= 32 else 5, 4)
-    elif tiles <= num_sms // 2:  # narrow
-        split = 2 if 3 * tiles > num_sms else 4
-        choice = Tiling(64, 128, split, 5 if rows > 32 else 6, 8 if 16 < rows <= 32 else 4)
-    elif rows <= 8:
-        choice = Tiling(128, 64, 4, 4, 4)
+    tiles = out_features // 64
+    block_n, block_k = 64, 128
+    if 3 * tiles >= 4 * num_sms:
+        split = 1
+        if rows > 16:
+            block_n, block_k = 128, 64
+    elif 2 * tiles <= num_sms:
+        split = 2 if 3 * tiles >= num_sms else 4
     else:
-        choice = Tiling(64, 256, 1, 3, 4) if rows <= 32 else Tiling(64, 128, 1, 4, 8)
-    return choice if in_features % (choice.block_k * choice.split_k) == 0 else None
+        return None
+    if out_features % block_n or in_features % (block_k * split) or tiles * split < 0.7 * num_sms:
+        return None
+    return Tiling(block_n, block_k, split, 6 if rows <= 32 else 5, 8 if 16 < rows <= 32 and split > 1 else 4)
 
 
 def _tiling_for(x: Tensor, weight: Tensor) -> Tiling | None:
-    if x.dtype not in (torch.float16, torch.bfloat16) or not weight.is_cuda or len(weight) > MAX_FEATURES:
+    if x.dtype not in (torch.float16, torch.bfloat16) or not weight.is_cuda:
         return None
     return tiling(x.shape[0], *weight.shape, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
@@ -199,6 +278,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: b
         wide = x.dtype == torch.float32
         return _launch(x, weight, bias, 64, Tiling(64, 32 if wide else 64, 1, num_stages=3, num_warps=4))
     chosen = _tiling_for(x, weight)
+    if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype != torch.float32 and x.is_cuda:
+        if chosen is None or chosen.split_k == 1:
+            return _launch_one(x, weight, bias)
     if chosen is None:
         return F.linear(x, weight, bias)
     return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), chosen)
@@ -207,7 +289,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: b
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
     """act(x @ gate.T) * (x @ up.T), weight = gate over up; few rows in one launch."""
     chosen = None if batch_invariant else _tiling_for(x, weight)
-    if chosen is None or chosen.split_k > 1:
+    if x.shape[0] == 1 and chosen is not None:
+        return _launch_one(x, weight, bias, name)
+    if chosen is None or chosen.split_k > 1 or weight.shape[0] % 128:
         return gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
-    half = chosen._replace(block_n=64, block_k=64, num_stages=6 if x.shape[0] <= 32 else 5)
+    half = chosen._replace(block_n=chosen.block_n // 2)
     return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), half, name)

@@ -128,7 +128,7 @@ def _search(keys, n, low, high, target, best, MASS: tl.constexpr, BLOCK: tl.cons
     low, high: int64 scalars. target: fp64, which holds every count and mass below 2^53 exactly.
     """
     while low < high:
-        step = (high - low + PIVOTS) // (PIVOTS + 1)  # rounded up
+        step = (high - low + 1 + PIVOTS) // (PIVOTS + 1)  # of high - low + 1 keys, rounded up
         pivots = tl.minimum(low + step * (1 + tl.arange(0, PIVOTS)), high)
         reached = tl.full([PIVOTS], 0, tl.int64)
         for start in range(0, n, BLOCK):
