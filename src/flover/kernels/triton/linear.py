@@ -24,6 +24,7 @@ from flover.kernels.triton.fused import _activate, gated
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
 AHEAD = 2  # tiles
+HALF = (torch.float16, torch.bfloat16)  # fp32 products are bound by arithmetic
 MAX_FEATURES = 65536  # cuBLAS streams an output head as fast as there is memory
 
 
@@ -264,7 +265,7 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
 
 
 def _tiling_for(x: Tensor, weight: Tensor) -> Tiling | None:
-    if x.dtype not in (torch.float16, torch.bfloat16) or not weight.is_cuda:
+    if x.dtype not in HALF:
         return None
     return tiling(x.shape[0], *weight.shape, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
@@ -278,9 +279,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: b
         wide = x.dtype == torch.float32
         return _launch(x, weight, bias, 64, Tiling(64, 32 if wide else 64, 1, num_stages=3, num_warps=4))
     chosen = _tiling_for(x, weight)
-    if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype != torch.float32 and x.is_cuda:
-        if chosen is None or chosen.split_k == 1:
-            return _launch_one(x, weight, bias)
+    split = chosen is not None and chosen.split_k > 1
+    if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype in HALF and not split:
+        return _launch_one(x, weight, bias)
     if chosen is None:
         return F.linear(x, weight, bias)
     return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), chosen)
