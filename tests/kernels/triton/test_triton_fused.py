@@ -5,6 +5,8 @@ import torch
 from triton_device import DEVICE
 
 from flover.kernels import reference, triton
+from flover.kernels.reference import ACTIVATIONS
+from flover.kernels.triton import kv_cache
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -52,7 +54,13 @@ def test_a_nan_stays_in_its_row():
     assert normed.isnan().all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_new", "quick_gelu", "relu", "silu"])
+def test_the_strides_of_a_dimension_of_one_mean_nothing():
+    x = torch.randn(1, 5, 8, device=DEVICE).transpose(0, 1)  # contiguous, and its rows are 40 apart by stride(-2)
+    weight = torch.ones(8, device=DEVICE)
+    close(triton.rms_norm(x, weight, 1e-6)[0], reference.rms_norm(x, weight, 1e-6)[0], torch.float32)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 700), (20, 66)])
 def test_activations(name, rows, width, dtype):
     x = randn(rows, 2 * width, dtype=dtype) * 3
@@ -60,6 +68,41 @@ def test_activations(name, rows, width, dtype):
     close(triton.gated(x, name), reference.gated(x, name), dtype)
     extremes = torch.tensor([[-1e4, -50.0, 0.0, 50.0, 1e4]], device=DEVICE)
     close(triton.activation(extremes, name), reference.activation(extremes, name), torch.float32)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_keep_nan(name, dtype):
+    x = torch.tensor([[torch.nan, -1.0, 2.0, 0.0]], device=DEVICE).to(dtype)
+    assert triton.activation(x, name).isnan().tolist() == [[True, False, False, False]]
+    assert triton.gated(x, name).isnan().tolist() == [[True, False]]
+    assert triton.gated(x.flip(1), name).isnan().tolist() == [[False, True]]
+
+
+def test_activations_of_no_tokens(dtype):
+    x = torch.empty(0, 12, dtype=dtype, device=DEVICE)
+    assert triton.activation(x, "silu").shape == (0, 12)
+    assert triton.gated(x, "silu").shape == (0, 6)
+
+
+def test_gated_rows_of_a_wider_buffer(dtype):
+    x = randn(3, 30, dtype=dtype)[:, 5:27]
+    close(triton.gated(x, "silu"), reference.gated(x, "silu"), dtype)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the limit is the GPU's")
+def test_more_rows_than_the_second_axis_of_a_grid_takes(dtype):
+    x = randn(70_000, 16, dtype=dtype)
+    close(triton.gated(x, "silu"), reference.gated(x, "silu"), dtype)
+    close(triton.activation(x, "relu"), reference.activation(x, "relu"), dtype)
+
+
+def test_tables_far_out():
+    """fp32 angles of 10^5 and more need a true argument reduction: the hardware's own sine is off by 10^-2 there."""
+    positions = torch.tensor([0, 32_767, 131_071, 1_048_575], device=DEVICE)
+    inv_freq = 1.0 / 10000 ** (torch.arange(24, device=DEVICE).float() / 24)
+    angles = (positions.float()[:, None] * inv_freq).double()[:, None]  # what both are given, rounded once
+    for got, want in zip(triton.rotary_tables(positions, inv_freq, torch.float32), (angles.cos(), angles.sin())):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -78,9 +121,10 @@ def test_rotation_and_store(heads, kv_heads, head_dim, pairs, interleaved, dtype
 
         def run(ops, keep, qkv=qkv, cos=cos, sin=sin):
             q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in qkv.clone()[keep].split(sizes, -1))
-            caches = [torch.full((12, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv"]
+            caches = [torch.full((13, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv"]
             some = (None, None) if cos is None else (cos[keep], sin[keep])
-            return ops.rotary_store(q, k, v, *some, *caches, slots[keep], interleaved=interleaved), *caches
+            views = [cache[1:] for cache in caches]  # slot -1 would be the row before
+            return ops.rotary_store(q, k, v, *some, *views, slots[keep], interleaved=interleaved), *caches
 
         kept = slots >= 0  # the twin has no padding tokens
         mine, twin = run(triton, torch.ones_like(kept)), run(reference, kept)
@@ -90,13 +134,30 @@ def test_rotation_and_store(heads, kv_heads, head_dim, pairs, interleaved, dtype
             close(got.nan_to_num(), want.nan_to_num(), dtype)
 
 
-def test_copies_touch_nothing_else(dtype):
-    caches = [randn(8 * 6, 2, 12, dtype=dtype) for _ in range(5)]
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 12), (1, 16), (1, 5)])
+def test_copies_touch_nothing_else(kv_heads, head_dim, dtype, monkeypatch):
+    monkeypatch.setattr(kv_cache, "BLOCK", 64)  # several pieces to a move
+    caches = [torch.full((8 * 6, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE) for _ in range(5)]
+    moves = [(0, 5, 6), (3, 1, 1), (4, 2, 5), (6, 7, 0)]
+    for cache in caches:
+        for src, _, n in moves:  # all but live tokens is NaN
+            cache[src * 6 : src * 6 + n] = randn(n, kv_heads, head_dim, dtype=dtype)
     want = [cache.clone() for cache in caches]
-    moves = [(0, 5, 6), (3, 1, 1), (4, 2, 5)]
     reference.copy_blocks(want, moves, 6)
     triton.copy_blocks(caches, moves, 6)
-    assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert all(torch.equal(a.view(bits), b.view(bits)) for a, b in zip(caches, want, strict=True))
+
+
+def test_more_pieces_than_programs(monkeypatch):
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    cache = torch.randn(2 * 150, 1, 5, device=DEVICE)  # 94 pieces, 64 programs
+    triton.copy_blocks([cache], [(0, 1, 149)], 150)
+    assert torch.equal(cache[150:299], cache[:149])
+
+
+def test_no_moves():
+    triton.copy_blocks([torch.zeros(4, 1, 8, device=DEVICE)], [], 2)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs 10 GB of GPU memory")

@@ -86,8 +86,8 @@ def _normalise(
             x if bias is None else bias,
             normed,
             summed,
-            x.stride(-2),
-            x.stride(-2) if residual is None else residual.stride(-2),
+            x.stride(0) if x.dim() == 2 else dim,  # a contiguous tensor may have any stride at a size of 1
+            residual.stride(0) if residual is not None and residual.dim() == 2 else dim,
             dim,
             eps,
             RMS=rms,
@@ -119,7 +119,7 @@ def layer_norm(
 @triton.jit
 def _activate(x, NAME: tl.constexpr):
     if NAME == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.where(x < 0.0, 0.0, x)  # a maximum would turn NaN into 0
     if NAME == "silu" or NAME == "swish":
         return x * tl.sigmoid(x)
     if NAME == "quick_gelu":
@@ -133,8 +133,8 @@ def _activate(x, NAME: tl.constexpr):
 def _gate(x, out, stride_x, width, NAME: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     grid_launch(PDL)
     grid_wait(PDL)
-    row = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)  # the axis with room for more than 65535
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     gate = tl.load(x + row * stride_x + i, mask=inside, other=0.0)
     value = _activate(gate.to(tl.float32), NAME).to(gate.dtype)
@@ -149,7 +149,7 @@ def _activation(x: Tensor, name: str, gated: bool) -> Tensor:
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     block = 512 if rows < 16 else 2048  # few rows: as many programs as there is room for
     if rows:
-        _gate[(triton.cdiv(width, block), rows)](
+        _gate[(rows, triton.cdiv(width, block))](
             x,
             out,
             x.stride(0),

@@ -7,6 +7,7 @@ kernels/reference/kv_cache.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,14 +28,16 @@ def _copy(
     base,
     offsets,  # [num_caches] int64, elements from `base`
     moves,  # [num_moves, 3] int64: source, destination, elements
+    ALIGNED: tl.constexpr,  # divides every offset and count, and makes at most 16 bytes
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     grid_launch(PDL)
     grid_wait(PDL)
-    cache = base + tl.load(offsets + tl.program_id(1))
+    cache = base + tl.multiple_of(tl.load(offsets + tl.program_id(1)), ALIGNED)
     move = moves + tl.program_id(2) * 3
-    src, dst, count = tl.load(move), tl.load(move + 1), tl.load(move + 2)
+    src, dst = tl.multiple_of(tl.load(move), ALIGNED), tl.multiple_of(tl.load(move + 1), ALIGNED)
+    count = tl.multiple_of(tl.load(move + 2), ALIGNED)  # or the mask would keep loads narrow
     i = tl.arange(0, BLOCK)
     for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
         at = start + i
@@ -43,14 +46,17 @@ def _copy(
 
 def copy_blocks(caches: Sequence[Tensor], moves: Sequence[tuple[int, int, int]], block_size: int) -> None:
     """For each `(src, dst, num_tokens)` copy the live prefix of block src to block dst, in every cache given."""
+    if not moves:
+        return
     base, device = caches[0], caches[0].device
     width = base[0].numel()
     rows = [(src * block_size * width, dst * block_size * width, n * width) for src, dst, n in moves]
     offsets = [(cache.data_ptr() - base.data_ptr()) // base.element_size() for cache in caches]
+    aligned = math.gcd(16 // base.element_size(), width, *offsets)  # the same for all moves: compiled once
     packed = torch.tensor([*offsets, *(value for row in rows for value in row)], dtype=torch.int64)
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
     pieces = min(-(-max(row[2] for row in rows) // BLOCK), 64)
     _copy[(pieces, len(caches), len(moves))](
-        base, packed, packed[len(caches) :], BLOCK=BLOCK, num_warps=8, **launch_options(device)
+        base, packed, packed[len(caches) :], ALIGNED=aligned, BLOCK=BLOCK, num_warps=8, **launch_options(device)
     )
