@@ -13,6 +13,7 @@ from harness import echo_folder
 
 from flover import LLM, EngineConfig, LLMEngine, SamplingParams
 from flover.cli import main
+from flover.config import Hardware
 from flover.engine.batch import BatchPlan, Scores, StepResult
 from flover.engine.step import Step, take_in
 from flover.metrics import StepStats
@@ -154,3 +155,12 @@ def test_config_values_of_a_wrong_type(tmp_path: Path, change: dict[str, Any], w
     with pytest.raises(ValueError, match="^[^\n]*$") as error:
         LLM(str(tmp_path), load_format="dummy", device="cpu")
     assert word in str(error.value)
+
+
+def test_a_gpu_too_old_for_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flover.engine import engine
+
+    monkeypatch.setattr(engine, "detect_hardware", lambda _: Hardware("cuda", 8 << 30))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match=r"too old for bfloat16 .* dtype='float16' works"):
+        LLM("kjv-llama", dtype="bfloat16")

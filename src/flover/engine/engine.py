@@ -101,6 +101,8 @@ def survey(config: EngineConfig) -> tuple[Path, ModelConfig, Hardware, int]:
     model_class(model.architecture)
     hardware = detect_hardware(config.device)
     dtype: torch.dtype = getattr(torch, effective_dtype(config, model, hardware.device))
+    if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
     return folder, model, hardware, weight_bytes(folder, model, dtype)
 
 
