@@ -20,15 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flover.kernels.reference.sampling import (  # noqa: F401
-    MASS_ONE,
-    apply_penalties,
-    filter_logits,
-    mask_tokens,
-    match_bad_words,
-    sample_tokens,
-    top_logprobs,
-)
+from flover.kernels.reference.sampling import MASS_ONE
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
 
 TILE = 2048  # ids of one program
