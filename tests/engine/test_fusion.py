@@ -57,6 +57,7 @@ def test_tokens_do_not_depend_on_fusion(echo: Path, seed: int, choices: list[dic
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # thousands of traces
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), choices=st.lists(options, min_size=5, max_size=5))
 def test_tokens_do_not_depend_on_fusion_at_length(echo: Path, seed: int, choices: list[dict[str, Any]]) -> None:
