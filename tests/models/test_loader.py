@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from parity import Checkpoint, Driver, random_prompts
 from safetensors.torch import load_file, save_file
 
 from flover.config import ModelConfig
+from flover.models import checkpoint as reading
+from flover.models.checkpoint import Checkpoint as StoredCheckpoint
 from flover.models.loader import load_model, resolve_model
 from flover.models.registry import model_class
 
@@ -304,6 +309,71 @@ def test_module_is_ready_to_serve(checkpoint: Get) -> None:
     assert {b.dtype for b in module.buffers()} == {torch.float32}
     assert module.lm_head.weight is module.embed.weight  # type: ignore[union-attr]
     assert all(m.batch_invariant for m in module.modules() if hasattr(m, "batch_invariant"))
+
+
+def test_pieces_joins_and_conversions(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in pieces that end inside a tensor, a few bytes in flight: the same bits, in every family's way to join."""
+    for case in ("llama-gqa", "gpt2", "neox"):
+        for dtype in (torch.float32, torch.bfloat16):
+            monkeypatch.undo()
+            want = checkpoint(case).load(dtype=dtype).state_dict()
+            monkeypatch.setitem(reading.PIECE, "cpu", 1000)
+            monkeypatch.setattr(reading, "IN_FLIGHT", 5000)
+            got = checkpoint(case).load(dtype=dtype).state_dict()
+            assert list(got) == list(want)
+            assert all(torch.equal(got[name], want[name]) for name in want)
+    source = load_file(checkpoint("llama-gqa").folder / SINGLE)
+    joined = torch.cat([source[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
+    assert any(torch.equal(p, joined) for p in checkpoint("llama-gqa").load().parameters())
+
+
+def test_parts_of_different_types(folder: Path) -> None:
+    config = ModelConfig.from_folder(folder)
+    want = load_model(folder, config, dtype=torch.float64, device="cpu")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit(folder, lambda t: t.update({name: t[name].double()}))
+    got = load_model(folder, config, dtype=torch.float64, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters()))
+
+
+def test_bytes_in_flight_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than the largest group, and the caller's, whatever the order."""
+    with ExitStack() as stack:
+        found = StoredCheckpoint(folder, stack)
+        groups = [[found.stored(name)] for name in found.where]
+        largest = max(group[0].numel for group in groups) * 4
+        started, start = [0], reading._Reader.start
+
+        def watch(self: Any, stored: Any, dtype: Any) -> Any:
+            started[0] += stored[0].numel * 4
+            return start(self, stored, dtype)
+
+        monkeypatch.setattr(reading._Reader, "start", watch)
+        done = 0
+        wanted = [(group, None) for group in groups]
+        for (stored,), group in zip(groups, reading.read_groups(wanted, torch.device("cpu"))):
+            done += group.nbytes
+            assert started[0] - done <= largest
+            assert torch.equal(group.parts[0], load_file(folder / SINGLE)[stored.name])
+
+
+def test_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = reading._Reader.start
+
+    def shrink(self: Any, stored: Any, dtype: Any) -> Any:
+        os.truncate(folder / SINGLE, 20000)
+        return start(self, stored, dtype)
+
+    monkeypatch.setattr(reading._Reader, "start", shrink)
+    refuses(folder, "model.safetensors became shorter while it was read")
+
+
+def test_disk_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    refuses(folder, "model.safetensors cannot be read: Input/output error")
 
 
 def test_dummy_weights(checkpoint: Get, tmp_path: Path) -> None:

@@ -17,12 +17,17 @@ from flover.config import ModelConfig
 from flover.layers.attention import ForwardContext
 
 
+def concatenate(tensors: list[Tensor], _: ModelConfig) -> Tensor:
+    """On dim 0, the output dimension."""
+    return torch.cat(tensors)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a parameter comes from: checkpoint names, and how they become one tensor (joined on dim 0)."""
 
     names: tuple[str, ...]
-    op: Callable[[list[Tensor], ModelConfig], Tensor] = lambda tensors, _: torch.cat(tensors)
+    op: Callable[[list[Tensor], ModelConfig], Tensor] = concatenate
 
 
 def join(*names: str) -> Source:

@@ -1,36 +1,31 @@
 """From a model's name to a module with its weights in place.
 
-Owns finding the checkpoint, reading safetensors (nothing else: a pickle can run code) and the strict match
-between a family's `WEIGHTS` and the tensors found. Every error is one line that names the file, the tensor or
-the value.
+Owns finding the checkpoint and the strict match between a family's `WEIGHTS` and the tensors found, which is complete
+before a weight is read. Every error is one line that names the file, the tensor or the value.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flover.config import ModelConfig, read_json
+from flover.config import ModelConfig
 from flover.kernels.dispatch import load_backend
 from flover.layers.base import Layer
 from flover.layers.norm import LayerNorm, RMSNorm
-from flover.models.base import CausalLM, Source
+from flover.models.base import CausalLM, Source, concatenate
+from flover.models.checkpoint import Checkpoint, Stored, read_groups
 from flover.models.registry import model_class
 
 BUILTIN = ("kjv-gpt2", "kjv-llama")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "merges.txt", "vocab.txt", "*.jinja")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATING = ("F64", "F32", "F16", "BF16")
-NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def resolve_model(model: str) -> Path:
@@ -98,8 +93,8 @@ def load_model(
         _fill_dummy(parameters, dtype, device, seed)
     else:
         with ExitStack() as stack:
-            checkpoint = _Checkpoint(Path(folder), stack)
-            _fill(parameters, checkpoint, family, config, dtype, device)
+            wanted = _match(parameters, Checkpoint(Path(folder), stack), family, config)
+            _fill(wanted, config, dtype, torch.device(device))
     ops = load_backend(backend)
     for part in module.modules():
         if isinstance(part, Layer):
@@ -125,79 +120,6 @@ def _skeleton(config: ModelConfig, folder: Path | str) -> nn.Module:
         raise ValueError(f"config.json of {folder} has a value of the wrong type, or lacks one: {error}") from None
     assert isinstance(module, nn.Module)
     return module
-
-
-class _Checkpoint:
-    """The tensors of a folder. Refuses what is not plain, complete safetensors inside the folder."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"model folder {folder} does not exist")
-        if not any(folder.iterdir()):
-            raise ValueError(f"model folder {folder} is empty")
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json")
-        self.folder = folder
-        self.root = folder.resolve()
-        self.files: dict[str, Any] = {}
-        self.where: dict[str, str] = {}
-        index = self._index()
-        for shard in sorted(set(index.values())) or [SINGLE]:
-            self._open(shard, stack)
-        for name, shard in index.items():
-            if self.where.get(name) != shard:
-                raise ValueError(f"{INDEX} says that {shard} holds {name}, but it does not")
-
-    def _index(self) -> dict[str, str]:
-        """Tensor -> shard from the index; nothing for a single file."""
-        if os.path.lexists(self.folder / SINGLE):
-            return {}
-        if not os.path.lexists(self.folder / INDEX):
-            other = sorted(p.name for p in self.folder.iterdir() if p.suffix in NOT_READ)
-            hint = f"; {other[0]} is not read, convert it to safetensors" if other else ""
-            raise ValueError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
-        self._inside(INDEX)
-        weight_map = read_json(self.folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{self.folder / INDEX} has no weight_map")
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
-                raise ValueError(f"{INDEX}: {name} lies in {shard!r}, which is no safetensors file of this folder")
-        return dict(weight_map)
-
-    def _inside(self, name: str) -> Path:
-        """The file's real path, which must lie in the folder, or in the blobs of the same hub cache entry."""
-        path = self.folder / name
-        real = path.resolve()
-        allowed = [self.root]
-        if self.root.parent.name == "snapshots":
-            allowed.append(self.root.parent.parent / "blobs")
-        if not any(real.is_relative_to(place) for place in allowed):
-            raise ValueError(f"{path} is a link out of the model folder, to {real}")
-        if not real.is_file():
-            raise ValueError(f"{self.folder} lacks {name}")
-        return real
-
-    def _open(self, shard: str, stack: ExitStack) -> None:
-        path = self._inside(shard)
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            names = list(file.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{self.folder / shard} is corrupt: {' '.join(str(error).split())}") from None
-        self.files[shard] = file
-        for name in names:
-            if name in self.where:
-                raise ValueError(f"{name} is in both {self.where[name]} and {shard}")
-            self.where[name] = shard
-
-    def read(self, name: str) -> Tensor:
-        file = self.files[self.where[name]]
-        kind = file.get_slice(name).get_dtype()
-        if kind not in FLOATING:
-            raise ValueError(f"{name} in {self.where[name]} is {kind}: quantised checkpoints are not supported")
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
 
 
 class _Parameter:
@@ -234,14 +156,18 @@ def _layered(weights: Mapping[str, str | Source], num_layers: int) -> Iterator[t
             yield name.replace("{i}", str(i)), Source(names, source.op)
 
 
-def _fill(
-    parameters: list[_Parameter],
-    checkpoint: _Checkpoint,
-    family: type[CausalLM],
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> None:
+class _Wanted(NamedTuple):
+    """A parameter and what it is made of."""
+
+    parameter: _Parameter
+    source: Source
+    stored: list[Stored]
+
+
+def _match(
+    parameters: list[_Parameter], checkpoint: Checkpoint, family: type[CausalLM], config: ModelConfig
+) -> list[_Wanted]:
+    """What each parameter is made of; refuses a checkpoint that lacks a tensor, has one too many or a wrong shape."""
     table = dict(_layered(family.WEIGHTS, config.num_layers))
     known = {name for source in table.values() for name in source.names}
     stored: dict[str, str] = {}  # the table's spelling -> the checkpoint's
@@ -253,26 +179,48 @@ def _fill(
     used: set[str] = set()
     if config.tie_word_embeddings:  # a copy of the embedding, if it is there at all
         used.add("lm_head.weight")
+    wanted = []
     for parameter in parameters:
         source = table[parameter.name]
         for name in source.names:
             if name not in stored:
                 raise ValueError(f"{checkpoint.folder} lacks {name}")
         used.update(source.names)
-        raw = [checkpoint.read(stored[name]) for name in source.names]
-        try:
-            tensor: Tensor | None = source.op(raw, config)
-        except (RuntimeError, IndexError):  # shapes that cannot be joined or reordered
-            tensor = None
-        if tensor is None or tensor.shape != parameter.shape:
-            shapes = " + ".join(str(list(t.shape)) for t in raw)
+        parts = [checkpoint.stored(stored[name]) for name in source.names]
+        if _shape(source, parts, config) != parameter.shape:
+            shapes = " + ".join(str(list(part.shape)) for part in parts)
             raise ValueError(
                 f"{' + '.join(source.names)} has shape {shapes}, but {parameter.name} needs {list(parameter.shape)}"
             )
-        parameter.set(torch.empty(parameter.shape, dtype=dtype, device=device).copy_(tensor))
+        wanted.append(_Wanted(parameter, source, parts))
     for spelling, name in stored.items():
         if spelling not in used and not any(re.fullmatch(pattern, spelling) for pattern in family.IGNORED):
             raise ValueError(f"{name} in {checkpoint.where[name]} has no place in {config.architecture}")
+    return wanted
+
+
+def _shape(source: Source, parts: list[Stored], config: ModelConfig) -> torch.Size | None:
+    """The shape of what `source` makes of tensors of these shapes; None if they cannot be joined or reordered."""
+    try:
+        return source.op([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts], config).shape
+    except (RuntimeError, IndexError):
+        return None
+
+
+def _fill(wanted: list[_Wanted], config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Read, join, convert and place the parameters, in order; few are in flight at a time.
+
+    What is only joined and converted is read into the memory in which it stays.
+    """
+    requests = [(stored, dtype if source.op is concatenate else None) for _, source, stored in wanted]
+    for (parameter, source, _), group in zip(wanted, read_groups(requests, device)):
+        tensor = group.whole
+        if tensor is None:
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=device).copy_(source.op(group.parts, config))
+        parameter.set(tensor.view(parameter.shape))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # what conversions took is free for the KV cache
 
 
 def _fill_dummy(parameters: list[_Parameter], dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
