@@ -3,7 +3,7 @@
 Only safetensors is read (a pickle can run code), and only what is plain, complete and inside the folder. The library
 checks the headers. Threads read the bytes and nothing is mapped, so a file that shrinks meanwhile is an error and no
 SIGBUS. On a GPU each thread reads into pinned memory and copies on a stream of its own, which also converts; on a CPU
-they read into the tensor itself, or into buffers that the caller's thread converts from.
+they read into the tensor itself.
 """
 
 from __future__ import annotations
@@ -182,11 +182,11 @@ class _Reader:
     def __init__(self, device: torch.device, stack: ExitStack) -> None:
         self._device, self._piece = device, PIECE[device.type]
         self._lanes, self._lock = threading.local(), threading.Lock()
-        self._num_threads = min(THREADS[device.type], os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="flover-reader")
+        num_threads = min(THREADS[device.type], os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flover-reader")
         self._closing = stack.enter_context(ExitStack())  # of the lanes: after the threads
         stack.callback(lambda: self._pool.shutdown(wait=True, cancel_futures=True))
-        self._buffers: list[Tensor] = []  # for conversions on a CPU
+        self._buffer = torch.empty(self._piece, dtype=torch.uint8)
 
     def start(self, stored: Sequence[Stored], dtype: torch.dtype | None) -> Group:
         """Give memory to a group and queue its pieces."""
@@ -221,17 +221,11 @@ class _Reader:
         return group
 
     def _convert(self, parts: Sequence[tuple[Stored, int, Tensor]]) -> None:
-        """On a CPU: threads read ahead and the caller converts, as only one thread may use OpenMP."""
-        if not self._buffers:
-            self._buffers = [torch.empty(self._piece, dtype=torch.uint8) for _ in range(2 * self._num_threads)]
-        reads: deque[tuple[Future[None], Tensor, Tensor]] = deque()
-        for i, (one, at, target) in enumerate(parts):
-            if len(reads) == len(self._buffers):
-                _take(reads)
-            buffer = self._buffers[i % len(self._buffers)].view(one.dtype)[: len(target)]
-            reads.append((self._pool.submit(_read, one, at, buffer), buffer, target))
-        while reads:
-            _take(reads)
+        """On a CPU, by the caller: conversion is what takes long, and uses every core."""
+        for one, at, target in parts:
+            buffer = self._buffer.view(one.dtype)[: len(target)]
+            _read(one, at, buffer)
+            target.copy_(buffer)
 
     def _copy(self, stored: Stored, at: int, target: Tensor, ready: Any) -> Any:
         """On a thread, to a GPU: one piece; -> the event of its copy."""
@@ -241,13 +235,6 @@ class _Reader:
             with self._lock:
                 self._closing.callback(lane.close)
         return lane.copy(stored, at, target, ready)
-
-
-def _take(reads: deque[tuple[Future[None], Tensor, Tensor]]) -> None:
-    """Convert the oldest piece."""
-    read, buffer, target = reads.popleft()
-    read.result()
-    target.copy_(buffer)
 
 
 class _Lane:

@@ -199,8 +199,13 @@ def _match(
     return wanted
 
 
-def _shape(source: Source, parts: list[Stored], config: ModelConfig) -> torch.Size | None:
+def _shape(source: Source, parts: list[Stored], config: ModelConfig) -> tuple[int, ...] | None:
     """The shape of what `source` makes of tensors of these shapes; None if they cannot be joined or reordered."""
+    if source.op is concatenate:  # `cat` of meta tensors imports for a second
+        rest = {part.shape[1:] for part in parts}
+        if len(rest) > 1 or not all(part.shape for part in parts):
+            return None
+        return sum(part.shape[0] for part in parts), *rest.pop()
     try:
         return source.op([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts], config).shape
     except (RuntimeError, IndexError):
