@@ -18,6 +18,7 @@ from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.metrics import Timeline
 from flover.request import RequestOutput, SamplingParams, nearest, show
+from flover.startup import StartupTimes
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Conversation = Sequence[Mapping[str, Any]]
@@ -188,6 +189,11 @@ class LLM:
     def explain(self) -> list[Setting]:
         """Every effective setting: name, value, origin, reason."""
         return list(self.engine.core.resolved.settings)
+
+    @property
+    def startup_times(self) -> StartupTimes:
+        """Seconds that each phase of the start took."""
+        return self.engine.core.startup_times
 
     @property
     def timeline(self) -> Timeline:

@@ -83,6 +83,8 @@ def test_options_reach_the_engine(capfd: pytest.CaptureFixture[str]) -> None:
     assert lines["temperature"][1:3] == ["0.8", "checkpoint"]
     assert lines["max_tokens"][1:3] == ["128", "default"]
     assert lines["dtype"][1:3] == ["float32", "machine"]
+    assert float(lines["total"][1]) > float(lines["weights"][1]) > 0
+    assert lines["weights"][3] == "GB,"
 
 
 def test_sampling_defaults_of_the_checkpoint_can_be_left_out(capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -505,3 +506,11 @@ def test_timeline(tmp_path: Path) -> None:
         assert all(steps[0]["prefilling"])
         assert other.engine.num_steps == 9
         assert other.engine.num_row_steps == 18
+
+
+def test_startup_times(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "flover"), LLM(device="cpu", max_model_len=64, max_num_seqs=2) as llm:
+        times = llm.startup_times
+        assert list(times.seconds) == ["imports", "config", "device", "weights", "packing", "KV cache", "tokenizer"]
+        assert times.nbytes["weights"] > 1e6
+        assert str(times) in caplog.messages

@@ -38,7 +38,9 @@ from flover.kv.slab import SlabLayout, SlabMode
 from flover.models.loader import resolve_model, weight_bytes
 from flover.models.registry import model_class
 from flover.request import FinishReason, Request
+from flover.startup import StartupTimes, process_age
 
+IMPORTS = process_age()  # seconds until this line, above which all of flover, torch and Python itself were imported
 logger = logging.getLogger("flover")
 
 
@@ -79,31 +81,38 @@ def make_layout(kv: KVConfig) -> KVLayout:
     return PagedLayout(kv.num_blocks, kv.block_size, enable_prefix_caching=kv.prefix_caching)
 
 
-def make_executor(config: ResolvedConfig, folder: Path) -> Executor:
+def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> Executor:
     """The runner that fits backend and device, where it should run."""
     device, dtype = torch.device(config.engine.device), getattr(torch, config.engine.dtype)
     only = getattr(model_class(config.model.architecture), "BACKEND", None)  # EchoModel has no kernels
     if (only or backend_for(device, dtype, config.model.head_dim)) == "triton":
-        from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
+        with times.phase("imports"):
+            from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
 
-        return InlineExecutor(GpuRunner(config, folder))
-    return ThreadExecutor(partial(ModelRunner, config, folder))
+        return InlineExecutor(GpuRunner(config, folder, times))
+    return ThreadExecutor(partial(ModelRunner, config, folder, times=times))
 
 
-def survey(config: EngineConfig) -> tuple[Path, ModelConfig, Hardware, int]:
+def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Path, ModelConfig, Hardware, int]:
     """What `resolve` needs to know, before anything is allocated: checkpoint folder, its config, machine, weight bytes.
+
+    Args:
+        times: gets the phases "config" and "device" (on a GPU: CUDA starts).
 
     Raises:
         ValueError: a model that is not there or not known, a device that is not there.
     """
-    folder = resolve_model(config.model)
-    model = ModelConfig.from_folder(folder)
-    model_class(model.architecture)
-    hardware = detect_hardware(config.device)
-    dtype: torch.dtype = getattr(torch, effective_dtype(config, model, hardware.device))
-    if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
-        raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
-    return folder, model, hardware, weight_bytes(folder, model, dtype)
+    times = times or StartupTimes()
+    with times.phase("config"):
+        folder = resolve_model(config.model)
+        model = ModelConfig.from_folder(folder)
+        model_class(model.architecture)
+        with times.phase("device"):
+            hardware = detect_hardware(config.device)
+        dtype: torch.dtype = getattr(torch, effective_dtype(config, model, hardware.device))
+        if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+            raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
+        return folder, model, hardware, weight_bytes(folder, model, dtype)
 
 
 class EngineCore:
@@ -120,11 +129,12 @@ class EngineCore:
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self.folder, model, hardware, weights = survey(config)
+        self.startup_times = StartupTimes(IMPORTS)
+        self.folder, model, hardware, weights = survey(config, self.startup_times)
         self.resolved: ResolvedConfig = resolve(config, model, hardware, weights)
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
-        self._executor = executor or make_executor(self.resolved, self.folder)
+        self._executor = executor or make_executor(self.resolved, self.folder, self.startup_times)
         self._in_flight: deque[tuple[Step, Future[StepResult]]] = deque()
         self._depth = config.overlap_depth
 

@@ -24,6 +24,7 @@ from flover.kernels.triton.attention import DeviceMetadata, invariant_tiles, pre
 from flover.kernels.triton.inputs import edit_tables, token_inputs
 from flover.layers.attention import ForwardContext
 from flover.layers.sampler import SamplerOutput
+from flover.startup import StartupTimes
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 RING = 3  # overlap depth 1: a step in flight, one being submitted, and one whose buffers are still read
@@ -43,8 +44,8 @@ class Pending:
 class GpuRunner(ModelRunner):
     """As `ModelRunner`, for the Triton backend."""
 
-    def __init__(self, config: ResolvedConfig, folder: Path) -> None:
-        super().__init__(config, folder, "triton")
+    def __init__(self, config: ResolvedConfig, folder: Path, times: StartupTimes | None = None) -> None:
+        super().__init__(config, folder, "triton", times)
         rows, blocks = self.tables.shape
         tokens = config.scheduler.max_num_batched_tokens + 2 * rows + 8  # a bucket may be larger than the batch
         self.max_rows = rows

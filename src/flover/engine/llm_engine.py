@@ -6,6 +6,7 @@ found here, when the core may already compute the next token: the request is ret
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from flover.request import (
 )
 from flover.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 
+logger = logging.getLogger("flover")
 CONTEXT_TOKENS = 6  # of the prompt, which decide on the first output's leading space
 
 
@@ -96,7 +98,9 @@ class LLMEngine:
     def __init__(self, config: EngineConfig, core: EngineCore | None = None) -> None:
         self.core = core or EngineCore(config)
         self.folder = self.core.folder
-        self.tokenizer = Tokenizer.from_folder(self.folder)
+        with self.core.startup_times.phase("tokenizer"):
+            self.tokenizer = Tokenizer.from_folder(self.folder)
+        logger.info("%s", self.core.startup_times)
         self.stats: list[StepStats] = []  # kept only under record_timeline
         self.num_steps = 0
         self.num_row_steps = 0  # running rows, summed over the steps

@@ -24,6 +24,7 @@ from flover.layers.linear import Linear
 from flover.layers.sampler import Sampler
 from flover.models.base import CausalLM
 from flover.models.loader import load_model
+from flover.startup import StartupTimes
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 SCORE_ROWS = 128  # prompt positions whose logits exist at a time
@@ -48,31 +49,39 @@ class ModelRunner:
         config: effective settings.
         folder: checkpoint folder.
         backend: `kernels.dispatch`.
+        times: gets the phases of the start.
     """
 
-    def __init__(self, config: ResolvedConfig, folder: Path, backend: str = "torch") -> None:
+    def __init__(
+        self, config: ResolvedConfig, folder: Path, backend: str = "torch", times: StartupTimes | None = None
+    ) -> None:
+        self.times = times or StartupTimes()
         self.device = torch.device(config.engine.device)
         dtype: torch.dtype = getattr(torch, config.engine.dtype)
         model = config.model
         self.kv_config = config.kv
         self.batch_invariant = config.engine.batch_invariant
-        loaded = load_model(
-            folder,
-            model,
-            dtype=dtype,
-            device=self.device,
-            batch_invariant=self.batch_invariant,
-            load_format=config.engine.load_format,
-            seed=config.engine.seed,
-            backend=backend,
-        )
-        for part in loaded.modules():
-            if isinstance(part, Linear):
-                part.pack()
+        with self.times.phase("weights"):
+            loaded = load_model(
+                folder,
+                model,
+                dtype=dtype,
+                device=self.device,
+                batch_invariant=self.batch_invariant,
+                load_format=config.engine.load_format,
+                seed=config.engine.seed,
+                backend=backend,
+            )
+            self.times.nbytes["weights"] = sum(parameter.nbytes for parameter in loaded.parameters())
+        with self.times.phase("packing"):
+            for part in loaded.modules():
+                if isinstance(part, Linear):
+                    part.pack()
         self.model = cast(CausalLM, loaded)
         kv, rows = config.kv, config.scheduler.max_num_seqs
         shape = model.num_layers, kv.num_blocks, kv.block_size, model.num_kv_heads, model.head_dim
-        self.storage = KVStorage(*shape, dtype, self.device, backend)
+        with self.times.phase("KV cache"):
+            self.storage = KVStorage(*shape, dtype, self.device, backend)
         self.sampler = Sampler(rows + 1, model.vocab_size, self.device, backend)  # the last is scratch
         self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
         self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step

@@ -27,7 +27,7 @@ from flover.config import read_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-PIECE = {"cpu": 2 << 20, "cuda": 16 << 20}  # bytes that a thread reads at a time
+PIECE = {"cpu": 8 << 20, "cuda": 16 << 20}  # bytes that a thread reads at a time
 THREADS = {"cpu": 4, "cuda": 12}  # at most; one reads 5-8 GB/s from the page cache
 IN_FLIGHT = 1 << 30  # bytes of parameters being read, at most; a larger one is read alone
 

@@ -1,0 +1,50 @@
+"""Start-up times: phases add up, nest and are never counted twice."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from flover.startup import StartupTimes, process_age
+
+
+def test_phases_nest_and_add_up() -> None:
+    times = StartupTimes(imports=2.0)
+    begin = time.perf_counter()
+    with times.phase("outer"):
+        time.sleep(0.01)
+        with times.phase("inner"):
+            time.sleep(0.03)
+        with times.phase("imports"):
+            time.sleep(0.01)
+    elapsed = time.perf_counter() - begin
+    assert list(times.seconds) == ["imports", "outer", "inner"]
+    assert times.seconds["inner"] >= 0.03
+    assert times.seconds["imports"] >= 2.01
+    assert abs(times.total - 2.0 - elapsed) < 0.005
+
+
+def test_a_phase_that_fails_is_counted() -> None:
+    times = StartupTimes()
+    with pytest.raises(ValueError, match="no"), times.phase("a"), times.phase("b"):
+        raise ValueError("no")
+    with times.phase("a"):
+        pass
+    assert list(times.seconds) == ["a", "b"]
+
+
+def test_one_line() -> None:
+    times = StartupTimes()
+    times.seconds = {"imports": 1.5, "weights": 2.0}
+    times.nbytes = {"weights": 16_000_000_000}
+    assert str(times) == "start-up 3.50 s: imports 1.50, weights 2.00 (16.00 GB, 8.0 GB/s)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_process_age() -> None:
+    one = process_age()
+    time.sleep(0.1)
+    assert 0.05 < process_age() - one < 5
+    assert one > 0
