@@ -29,8 +29,8 @@ def load_driver() -> Any:
 class VirtualRange:
     """Bytes on a GPU whose address never changes; freed when nothing refers to the object any more.
 
-    A context of the device must be current in the calling thread. `torch.as_tensor(self, device="cuda")` is a uint8
-    tensor over all of it, which keeps it alive; only what is mapped may be touched. New memory has undefined contents.
+    The device's context must be current in the calling thread. `torch.as_tensor(self, device="cuda")` is a uint8 tensor
+    over all of it, which keeps it alive; only what is mapped may be touched. New memory has undefined contents.
 
     Args:
         num_bytes: of the range. keep: the bytes from here on always stay mapped.
@@ -73,15 +73,9 @@ class VirtualRange:
         return {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False), "strides": None, "version": 3}
 
     def resize(self, num_bytes: int) -> tuple[int, int]:
-        """Map at least `[0, num_bytes)`, and of the rest before the tail nothing but the end of a chunk.
+        """Map `[0, num_bytes)`, rounded up to a chunk, and nothing else before the tail; -> the bytes that are new.
 
-        The caller makes sure that nothing enqueued reads what goes.
-
-        Returns:
-            the bytes `[from, to)` that are new.
-
-        Raises:
-            RuntimeError: CUDA refuses; nothing has changed then.
+        The caller makes sure that nothing enqueued reads what goes. RuntimeError if CUDA refuses; nothing has changed.
         """
         old, new = self.head, min(-(-num_bytes // self.chunk) * self.chunk, self.tail)
         if new > old:

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -148,7 +148,9 @@ class Group(NamedTuple):
         return sum(part.nbytes for part in self.parts)
 
 
-def read_groups(wanted: Sequence[tuple[Sequence[Stored], torch.dtype | None]], device: torch.device) -> Iterator[Group]:
+def read_groups(
+    wanted: Sequence[tuple[Sequence[Stored], torch.dtype | None]], device: torch.device
+) -> Generator[Group, None, None]:
     """The tensors of each group on the device, in order.
 
     What is being read is never more than the largest group, nor more than IN_FLIGHT if it is several. Work that the
@@ -185,6 +187,8 @@ class _Reader:
         num_threads = min(THREADS[device.type], os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flover-reader")
         self._closing = stack.enter_context(ExitStack())  # of the lanes: after the threads
+        if device.type == "cuda":
+            self._closing.callback(_free_pinned)
         stack.callback(lambda: self._pool.shutdown(wait=True, cancel_futures=True))
         self._buffer = torch.empty(self._piece, dtype=torch.uint8)
 
@@ -241,9 +245,7 @@ class _Lane:
     """A thread's way to GPU memory: a stream, and two pinned buffers, one read into while the other is copied."""
 
     def __init__(self, device: torch.device, size: int) -> None:
-        self._memory = torch.empty(2 * size, dtype=torch.uint8)
-        # not pinned by torch, which would keep it; should pinning fail, copies are slow but right
-        self._pinned = int(_cudart().cudaHostRegister(self._memory.data_ptr(), 2 * size, 0)) == 0
+        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copied: list[Any] = [None, None]
         self._turn = 0
@@ -252,7 +254,7 @@ class _Lane:
         turn = self._turn = 1 - self._turn
         if self._copied[turn] is not None:
             self._copied[turn].synchronize()
-        buffer = self._memory.chunk(2)[turn].view(stored.dtype)[: len(target)]
+        buffer = self._buffers[turn].view(stored.dtype)[: len(target)]
         _read(stored, at, buffer)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
@@ -263,12 +265,12 @@ class _Lane:
 
     def close(self) -> None:
         self._stream.synchronize()
-        if self._pinned:
-            _cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._buffers.clear()
 
 
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+def _free_pinned() -> None:
+    """Give pinned memory back that torch would keep for later, if this version of it can."""
+    getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
 def _read(stored: Stored, at: int, target: Tensor) -> None:

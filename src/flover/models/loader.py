@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -218,11 +218,14 @@ def _fill(wanted: list[_Wanted], config: ModelConfig, dtype: torch.dtype, device
     What is only joined and converted is read into the memory in which it stays.
     """
     requests = [(stored, dtype if source.op is concatenate else None) for _, source, stored in wanted]
-    for (parameter, source, _), group in zip(wanted, read_groups(requests, device)):
-        tensor = group.whole
-        if tensor is None:
-            tensor = torch.empty(parameter.shape, dtype=dtype, device=device).copy_(source.op(group.parts, config))
-        parameter.set(tensor.view(parameter.shape))
+    with closing(read_groups(requests, device)) as groups:
+        for parameter, source, _ in wanted:
+            group = next(groups)
+            tensor = group.whole
+            if tensor is None:
+                tensor = torch.empty(parameter.shape, dtype=dtype, device=device).copy_(source.op(group.parts, config))
+            parameter.set(tensor.view(parameter.shape))
+            del group, tensor  # what it was made of goes before more is read
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # what conversions took is free for the KV cache
