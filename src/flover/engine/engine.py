@@ -86,7 +86,9 @@ def make_executor(config: ResolvedConfig, folder: Path) -> Executor:
     if (only or backend_for(device, dtype, config.model.head_dim)) == "triton":
         from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
 
-        return InlineExecutor(GpuRunner(config, folder))
+        runner = GpuRunner(config, folder)
+        runner.warm_up()
+        return InlineExecutor(runner)
     return ThreadExecutor(partial(ModelRunner, config, folder))
 
 

@@ -1,9 +1,8 @@
 """The runner on a GPU: one staging copy a step, CUDA graphs for decode, results read back while later steps run.
 
-`execute` only enqueues. A step whose rows take one token each runs as two graphs, up to the logits and sampling, of the
-smallest bucket that holds it; rows that pad it read nothing, store nothing and draw into the sampler's scratch row. Any
-other step (a prefill chunk, log-probabilities, penalties) runs kernel by kernel. Row state has its truth on the host,
-which knows it exactly; the block table and the tokens drawn last live on the device.
+`execute` only enqueues. A step runs as two graphs, up to the logits and sampling (`cuda_graph`), but a long prefill, or
+one whose prompt is scored, kernel by kernel. Row state has its truth on the host, which knows it exactly; the block
+table and the tokens drawn last live on the device.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from flover.config import ResolvedConfig
 from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
+from flover.engine.cuda_graph import Shape, StepGraphs
 from flover.engine.runner import Batch, ModelRunner
 from flover.engine.staging import Staging, sections
 from flover.kernels.triton.attention import DeviceMetadata, invariant_tiles, prefill_tiles
@@ -25,7 +25,6 @@ from flover.kernels.triton.inputs import edit_tables, token_inputs
 from flover.layers.attention import ForwardContext
 from flover.layers.sampler import SamplerOutput
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 RING = 3  # overlap depth 1: a step in flight, one being submitted, and one whose buffers are still read
 
 
@@ -46,18 +45,27 @@ class GpuRunner(ModelRunner):
     def __init__(self, config: ResolvedConfig, folder: Path) -> None:
         super().__init__(config, folder, "triton")
         rows, blocks = self.tables.shape
-        tokens = config.scheduler.max_num_batched_tokens + 2 * rows + 8  # a bucket may be larger than the batch
+        tokens = (
+            2 * (config.scheduler.max_num_batched_tokens + rows) + 64
+        )  # a captured shape may be larger than the step
         self.max_rows = rows
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.block_table = torch.zeros(rows, blocks, dtype=torch.int32, device=self.device)
-        self.staging = Staging(9 * tokens + rows * (blocks + 8), RING, rows, self.device)
+        self.staging = Staging(11 * tokens + rows * (blocks + 8), RING, rows, self.device)
         self._tokens = torch.empty(2, tokens, dtype=torch.int64, device=self.device)  # input ids, slots
         self._results = [torch.empty(tokens, dtype=torch.int64, pin_memory=True) for _ in range(RING)]
         self._events = [torch.cuda.Event() for _ in range(RING)]  # type: ignore[no-untyped-call]
         self._turn = 0
-        self.graphs = DecodeGraphs(self)
+        dtype: torch.dtype = getattr(torch, config.engine.dtype)
+        self._graphs = StepGraphs(self, config.model.vocab_size, dtype, tokens, self.device)
         torch.cuda.current_stream().synchronize()  # the weights are there before another stream reads them
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile kernels and capture graphs ahead of the first request, for a few seconds at most."""
+        with torch.cuda.stream(self.stream):
+            self._graphs.warm_up()
 
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult | Pending:  # type: ignore[override]
@@ -66,105 +74,98 @@ class GpuRunner(ModelRunner):
             batch = self._batch(plan)
             if batch is None:
                 return self.empty_result()
-            bucket = next((b for b in BUCKETS if b >= len(batch.rows)), None)
-            if batch.counts.max() == 1 and bucket is not None and not plan.scored:
-                return self._decode(batch, bucket)
-            return self._eager(plan, batch)
+            order, step, tiles = self._arrange(batch)
+            shape = None if plan.scored else self._graphs.fit(step)
+            begins, entries = self._send(batch, order, step, shape or step, tiles)
+            where = entries[batch.samples]
+            if shape is not None:
+                return self._read_back(self._graphs.run(shape), where, ())
+            hidden = self._hidden(step)
+            first = dict(zip(batch.rows.tolist(), begins.tolist()))
+            scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
+            if not len(where):
+                return self.empty_result()._replace(prompt_scores=scores)
+            return self._read_back(self.sampler.sample(*self._logits(hidden, step)), where, scores)
 
-    def _decode(self, batch: Batch, bucket: int) -> Pending:
-        """One token a row: the graphs of a bucket."""
-        order = np.arange(len(batch.rows))
-        _, tiles = self._tiles(batch, order, len(order))
-        self._send(batch, order, self.decode_places(bucket), tiles, every_row=True)
-        self.graphs.forward(bucket)
-        return self._read_back(self.graphs.sample(bucket), np.nonzero(batch.samples)[0], ())
+    def _arrange(self, batch: Batch) -> tuple[IntArray, Shape, tuple[Any, Any]]:
+        """Entries of one token first, then those of more; -> their order, sizes, and the tiles of queries.
 
-    def _eager(self, plan: BatchPlan, batch: Batch) -> StepResult | Pending:
-        """Entries of one token first, then prefill tiles."""
+        Batch-invariant: every entry goes through tiles.
+        """
         alone = batch.counts == 1
         order = np.concatenate([np.nonzero(alone)[0], np.nonzero(~alone)[0]])
-        num_decode = int(alone.sum())
-        counts = batch.counts[order]
-        num_decode, tiles = self._tiles(batch, order, num_decode)
-        places = sections(int(counts.sum()), len(order), len(tiles[0]))
-        begins = self._send(batch, order, places, tiles)
-        hidden = self.model.forward(*self.step_inputs(places, num_decode))
-        first = dict(zip(batch.rows.tolist(), begins.tolist()))
-        scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
-        num_samples = int(batch.samples.sum())
-        if not num_samples:
-            return self.empty_result()._replace(prompt_scores=scores)
-        views = self.views(places)
-        logits = self.model.compute_logits(hidden[views["sample_index"][:num_samples]])
-        output = self.sampler.sample(logits, views["sample_rows"][:num_samples].long())
-        return self._read_back(output, slice(0, num_samples), scores)
-
-    def _tiles(self, batch: Batch, order: IntArray, num_decode: int) -> tuple[int, tuple[Any, Any]]:
-        """Entries that the decode kernel takes, and the query tiles of the others; batch-invariant: all in tiles."""
-        counts = batch.counts[order]
+        counts, num_decode = batch.counts[order], int(alone.sum())
         if self.batch_invariant:
-            return 0, invariant_tiles(counts, (batch.start + batch.counts)[order])
-        return num_decode, prefill_tiles(counts[num_decode:], num_decode)
+            tiles = invariant_tiles(counts, (batch.start + batch.counts)[order])
+        else:
+            tiles = prefill_tiles(counts[num_decode:], num_decode)
+        return order, Shape(int(counts.sum()), num_decode, len(order) - num_decode, len(tiles[0])), tiles
 
     # ---- what goes in ------------------------------------------------------------------------------------------------
 
     def _send(
-        self,
-        batch: Batch,
-        order: IntArray,
-        places: dict[str, slice],
-        tiles: tuple[Any, Any] = ((), ()),
-        every_row: bool = False,
-    ) -> IntArray:
-        """Stage a step, tokens of its entries in `order`; -> where each entry of the batch begins.
-
-        every_row: logits exist for every entry, in order; those that do not sample draw into the scratch row.
-        """
+        self, batch: Batch, order: IntArray, step: Shape, shape: Shape, tiles: tuple[Any, Any]
+    ) -> tuple[IntArray, IntArray]:
+        """Stage a step under a shape that holds it; -> where each entry of the batch begins, and which entry it is."""
         counts = batch.counts[order]
         ends = np.cumsum(counts)
-        begins = np.empty_like(ends)
-        begins[order] = ends - counts
-        entry = np.repeat(order, counts)  # [num_tokens]
-        offset = np.arange(len(entry)) - np.repeat(ends - counts, counts)
-        ids = np.full(len(entry), -1, dtype=np.int32)
-        known = batch.in_prefill[entry]
+        starts = ends - counts
+        of_token = np.repeat(order, counts)  # [num_tokens]
+        offset = np.arange(step.tokens) - np.repeat(starts, counts)
+        ids = np.full(step.tokens, -1, dtype=np.int32)
+        known = batch.in_prefill[of_token]
         given = batch.counts * batch.in_prefill
-        ids[known] = batch.prefill_ids[((np.cumsum(given) - given)[entry] + offset)[known]]
-        rows = batch.rows[order]
-        sampled = np.nonzero(batch.samples)[0]
-        sample_rows = np.where(batch.samples, batch.rows, self.max_rows) if every_row else batch.rows[sampled]
+        ids[known] = batch.prefill_ids[((np.cumsum(given) - given)[of_token] + offset)[known]]
+        gap = shape.decode - step.decode  # entries that pad the first part, behind which the second begins
+
+        def padded(values: IntArray, fill: int = 0) -> IntArray:
+            return np.concatenate((values[: step.decode], np.full(gap, fill), values[step.decode :])) if gap else values
+
         parts = {
             "ids": ids,
-            "positions": batch.start[entry] + offset,
-            "token_rows": np.where(batch.frozen[entry], -1, batch.rows[entry]),
-            "prompt_lens": self.prompt[batch.rows[entry]],
-            "entry_rows": rows,
-            "seq_lens": (batch.start + batch.counts)[order],
-            "sample_index": (begins + batch.counts - 1)[sampled],
-            "sample_rows": sample_rows,
-            "query_start": np.concatenate([[0], ends]),
-            "tile_entry": tiles[0],
+            "positions": batch.start[of_token] + offset,
+            "token_rows": np.where(batch.frozen[of_token], -1, batch.rows[of_token]),
+            "prompt_lens": self.prompt[batch.rows[of_token]],
+            "entry_rows": padded(batch.rows[order]),
+            "seq_lens": padded((batch.start + batch.counts)[order]),
+            "sample_index": padded(ends - 1),
+            "sample_rows": padded(np.where(batch.samples, batch.rows, self.max_rows)[order], self.max_rows),
+            "query_start": np.append(padded(starts), step.tokens),
+            "tile_entry": tiles[0] + gap * (tiles[0] >= step.decode) if gap else tiles[0],
             "tile_start": tiles[1],
         }
         edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
         self.edited.clear()
-        sent = self.staging.send(parts, places, edits)
+        sent = self.staging.send(parts, sections(shape), edits)
         if edits:
             edit_tables(sent, len(edits), self.block_table)
-        return begins
+        begins, entries = np.empty_like(starts), np.empty_like(order)
+        begins[order] = starts
+        entries[order] = np.arange(len(order)) + gap * (np.arange(len(order)) >= step.decode)
+        return begins, entries
 
-    def decode_places(self, bucket: int) -> dict[str, slice]:
-        """Where the parts of a decode step lie: one token an entry; batch-invariant: a tile of its own too."""
-        return sections(bucket, bucket, bucket if self.batch_invariant else 0)
+    def stage_padding(self, shape: Shape) -> None:
+        """Stage a step of that shape in which nothing happens."""
+        self.staging.send({"query_start": np.zeros(1, dtype=np.int32)}, sections(shape), [])
 
-    def views(self, places: dict[str, slice]) -> dict[str, Tensor]:
-        return {name: self.staging.device_buffer[place] for name, place in places.items()}
+    # ---- what is computed --------------------------------------------------------------------------------------------
 
-    def step_inputs(self, places: dict[str, slice], num_decode: int) -> tuple[Tensor, Tensor, ForwardContext]:
-        """Launch the kernel that completes the tokens of a staged step; -> what the model's forward takes."""
-        v = self.views(places)
-        n, size = len(v["ids"]), self.kv_config.block_size
-        input_ids, slots = self._tokens[:, :n]
+    def logits(self, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Logits of the staged step, a row for each entry, and the sampler's row for each."""
+        return self._logits(self._hidden(shape), shape)
+
+    def _logits(self, hidden: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        views = self._views(shape)
+        last = hidden[views["sample_index"]] if shape.prefill else hidden
+        return self.model.compute_logits(last), views["sample_rows"].long()
+
+    def _views(self, shape: Shape) -> dict[str, Tensor]:
+        return {name: self.staging.device_buffer[place] for name, place in sections(shape).items()}
+
+    def _hidden(self, shape: Shape) -> Tensor:
+        """Complete the tokens of the staged step, then the model; -> `[tokens, hidden_size]`."""
+        v, size = self._views(shape), self.kv_config.block_size
+        input_ids, slots = self._tokens[:, : shape.tokens]
         token_inputs(
             v["ids"],
             v["positions"],
@@ -180,14 +181,14 @@ class GpuRunner(ModelRunner):
             rows=v["entry_rows"],
             seq_lens=v["seq_lens"],
             query_start=v["query_start"],
-            num_decode=num_decode,
-            tile_entry=v["tile_entry"] if len(v["tile_entry"]) else None,
-            tile_start=v["tile_start"] if len(v["tile_entry"]) else None,
+            num_decode=0 if self.batch_invariant else shape.decode,
+            tile_entry=v["tile_entry"] if shape.tiles else None,
+            tile_start=v["tile_start"] if shape.tiles else None,
             block_size=size,
             contiguous=self.kv_config.layout == "slab",
         )
         ctx = ForwardContext(self.storage.k, self.storage.v, slots, v["prompt_lens"], meta, self.batch_invariant)
-        return input_ids, v["positions"], ctx
+        return self.model.forward(input_ids, v["positions"], ctx)
 
     # ---- what comes out ----------------------------------------------------------------------------------------------
 
@@ -219,57 +220,3 @@ class GpuRunner(ModelRunner):
             return StepResult(tokens * finite, finite, best, scores)
 
         return Pending(event, read)
-
-
-class DecodeGraph:
-    """A bucket's forward graph and its logits."""
-
-    def __init__(self, forward: torch.cuda.CUDAGraph, logits: Tensor, rows: Tensor) -> None:
-        self.forward, self.logits, self.rows = forward, logits, rows
-        self.sampling: dict[tuple[bool, ...], tuple[torch.cuda.CUDAGraph, SamplerOutput]] = {}
-
-
-class DecodeGraphs:
-    """Captured when first needed, in one memory pool; the sampling graph of a bucket once per kind of sampling."""
-
-    def __init__(self, runner: GpuRunner) -> None:
-        self._runner = runner
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, DecodeGraph] = {}
-
-    def forward(self, bucket: int) -> None:
-        """Run the step that is staged: kernel by kernel the first time, which compiles them, then as a graph."""
-        runner = self._runner
-        if bucket in self._graphs:
-            self._graphs[bucket].forward.replay()
-            return
-        places = runner.decode_places(bucket)
-
-        def run() -> tuple[Tensor, Tensor]:
-            hidden = runner.model.forward(*runner.step_inputs(places, 0 if runner.batch_invariant else bucket))
-            return runner.model.compute_logits(hidden), runner.views(places)["sample_rows"].long()
-
-        run()
-        graph, (logits, rows) = self._record(run)
-        graph.replay()  # the same tokens to the same slots once more
-        self._graphs[bucket] = DecodeGraph(graph, logits, rows)
-
-    def sample(self, bucket: int) -> SamplerOutput:
-        """Sampling of a bucket's logits; what few requests need (penalties, log-probabilities) runs uncaptured."""
-        graph, sampler = self._graphs[bucket], self._runner.sampler
-        kind = sampler.graph_key
-        if kind is None:
-            return sampler.sample(graph.logits, graph.rows)
-        if kind not in graph.sampling:
-            output = sampler.sample(graph.logits, graph.rows)  # this step's, and it compiles what is recorded next
-            graph.sampling[kind] = self._record(lambda: sampler.sample(graph.logits, graph.rows))
-            return output
-        captured, output = graph.sampling[kind]
-        captured.replay()
-        return output
-
-    def _record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._runner.stream, capture_error_mode="thread_local"):
-            output = function()
-        return graph, output
