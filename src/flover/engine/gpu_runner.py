@@ -130,7 +130,7 @@ class GpuRunner(ModelRunner):
             "seq_lens": padded((batch.start + batch.counts)[order]),
             "sample_index": padded(ends - 1),
             "sample_rows": padded(np.where(batch.samples, batch.rows, self.max_rows)[order], self.max_rows),
-            "query_start": np.append(padded(starts), step.tokens),
+            "query_start": np.append(padded(starts, int(ends[step.decode - 1]) if step.decode else 0), step.tokens),
             "tile_entry": tiles[0] + gap * (tiles[0] >= step.decode) if gap else tiles[0],
             "tile_start": tiles[1],
         }
