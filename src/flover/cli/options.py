@@ -59,6 +59,7 @@ HELP = {
     "block_size": "tokens per KV block",
     "num_kv_blocks": "size of the paged KV cache in blocks",
     "kv_cache_memory_bytes": "size of the KV cache in bytes",
+    "gpu_memory_utilization": "share of the free GPU memory to take",
     "enable_prefix_caching": "reuse the KV of prompts that begin alike",
     "batch_invariant": "every logit bit-equal alone and fused, at a price",
     "seed": "of prompts that bring none",

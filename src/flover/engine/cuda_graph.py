@@ -102,19 +102,31 @@ class StepGraphs:
 
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
         """Compile and capture what is likely to be needed, until the time is over."""
-        started, sampler, scratch = time.monotonic(), self._runner.sampler, [self._runner.max_rows]
+        started = time.monotonic()
         for shape in self._likely():
-            self._runner.stage_padding(shape)
-            self._seen.add(shape)
-            self._compute(shape)
-            for temperature in (1.0, 0.0):  # the two common kinds of sampling; the last is how scratch is left
-                sampler.join(scratch, [RowSampling(seed=0, temperature=temperature)], [0], [[]], [[]])
-                self._sample(shape.entries)
-                sampler.leave(scratch)
+            self._capture(shape)
             if time.monotonic() - started > seconds:
                 break
         torch.cuda.current_stream().synchronize()
         logger.info("captured %d step shapes in %.1f s", len(self._forward), time.monotonic() - started)
+
+    def capture_largest(self) -> None:
+        """The shapes that need the most memory."""
+        rows = self._runner.max_rows
+        for step in (Shape(TOKENS[-1], rows, 1, 1), Shape(TOKENS[-1], 1, 1, 1), Shape(rows, rows, 0, 0)):
+            shape = self.fit(step)
+            if shape is not None:
+                self._capture(shape)
+
+    def _capture(self, shape: Shape) -> None:
+        sampler, scratch = self._runner.sampler, [self._runner.max_rows]
+        self._runner.stage_padding(shape)
+        self._seen.add(shape)
+        self._compute(shape)
+        for temperature in (1.0, 0.0):  # the two common kinds of sampling; the last is how scratch is left
+            sampler.join(scratch, [RowSampling(seed=0, temperature=temperature)], [0], [[]], [[]])
+            self._sample(shape.entries)
+            sampler.leave(scratch)
 
     def _likely(self) -> Iterator[Shape]:
         """The most useful first, so that little is missing wherever time ends."""

@@ -79,11 +79,15 @@ def make_layout(kv: KVConfig) -> KVLayout:
     return PagedLayout(kv.num_blocks, kv.block_size, enable_prefix_caching=kv.prefix_caching)
 
 
-def make_executor(config: ResolvedConfig, folder: Path) -> Executor:
-    """The runner that fits backend and device, where it should run."""
+def _on_triton(config: ResolvedConfig) -> bool:
     device, dtype = torch.device(config.engine.device), getattr(torch, config.engine.dtype)
     only = getattr(model_class(config.model.architecture), "BACKEND", None)  # EchoModel has no kernels
-    if (only or backend_for(device, dtype, config.model.head_dim)) == "triton":
+    return (only or backend_for(device, dtype, config.model.head_dim)) == "triton"
+
+
+def make_executor(config: ResolvedConfig, folder: Path) -> Executor:
+    """The runner that fits backend and device, where it should run."""
+    if _on_triton(config):
         from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
 
         runner = GpuRunner(config, folder)
@@ -108,6 +112,16 @@ def survey(config: EngineConfig) -> tuple[Path, ModelConfig, Hardware, int]:
     return folder, model, hardware, weight_bytes(folder, model, dtype)
 
 
+def settle(config: EngineConfig, folder: Path, model: ModelConfig, hardware: Hardware, weights: int) -> ResolvedConfig:
+    """`resolve` with what `survey` found; on a GPU also with the memory of the largest step, which is measured."""
+    resolved = resolve(config, model, hardware, weights)  # refuses what cannot fit before anything is allocated
+    if _on_triton(resolved):
+        from flover.engine.step_memory import measure_step_bytes
+
+        resolved = resolve(config, model, hardware, weights, measure_step_bytes(resolved, folder, hardware))
+    return resolved
+
+
 class EngineCore:
     """Requests in, tokens out. Not thread-safe: one caller drives `step`.
 
@@ -123,7 +137,8 @@ class EngineCore:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.folder, model, hardware, weights = survey(config)
-        self.resolved: ResolvedConfig = resolve(config, model, hardware, weights)
+        self.resolved: ResolvedConfig = settle(config, self.folder, model, hardware, weights)
+        logger.info("memory: %s", self.resolved.memory)
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
         self._executor = executor or make_executor(self.resolved, self.folder)
@@ -164,12 +179,17 @@ class EngineCore:
         return self.scheduler.update(step, result)
 
     def _recover(self, failed: Step, error: Exception) -> StepOutput:
-        """A step failed: its requests end with the error, later plans are void, everyone else is recomputed."""
-        logger.error("step %d failed: %s: %s", failed.plan.step, type(error).__name__, error)
+        """A step failed: its requests end with the error, later plans are void, everyone else is recomputed.
+
+        Out of memory, all are recomputed, in smaller steps.
+        """
         while self._in_flight:
             _, future = self._in_flight.popleft()
             future.exception()
         self._executor.reset()
+        if isinstance(error, torch.OutOfMemoryError) and self.scheduler.take_smaller_steps(failed):
+            return StepOutput(stats=failed.stats)
+        logger.error("step %d failed: %s: %s", failed.plan.step, type(error).__name__, error)
         self.scheduler.rewind(failed, f"the step failed on the device: {type(error).__name__}: {error}")
         return StepOutput(finished=self.scheduler.drain_finished(), stats=failed.stats)
 

@@ -68,6 +68,17 @@ class GpuRunner(ModelRunner):
             self._graphs.warm_up()
 
     @torch.inference_mode()
+    def capture_largest(self) -> None:
+        """The graphs that take the most memory."""
+        with torch.cuda.stream(self.stream):
+            self._graphs.capture_largest()
+
+    def reset(self) -> None:
+        """As `ModelRunner.reset`; memory that PyTorch holds without using it goes back, should it have run out."""
+        super().reset()
+        torch.cuda.empty_cache()
+
+    @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult | Pending:  # type: ignore[override]
         with torch.cuda.stream(self.stream):
             self._apply(plan)
