@@ -363,8 +363,7 @@ def _record(core: EngineCore, run: Callable[[], None]) -> tuple[list[Event], lis
         with torch.profiler.profile(activities=[activity.CUDA]) as profile:
             run()
             _wait(core)
-        device = torch._C._autograd.DeviceType.CUDA
-        events = [_event(e) for e in profile.events() or () if e.device_type == device]
+        events = [_event(e) for e in profile.events() or () if e.device_type.name == "CUDA"]
         return events, sorted(e.start for e in events if e.name.startswith(STAGING))
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # the executor's is not ours
     with (
