@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from flover.bound import Bound, Limits
 from flover.config import EngineConfig
 from flover.engine.engine import EngineCore
-from flover.profile import Bound, Limits, random_request
+from flover.profile import random_request
 from flover.request import Request
 
 
@@ -68,6 +69,7 @@ class Engine:
         self.core = EngineCore(config)
         self.start_up = time.perf_counter() - started
         self.settings = settings
+        self._rng = random.Random(0)
         self.bound = Bound(self.core, limits)
         self.max_model_len = self.core.resolved.scheduler.max_model_len
 
@@ -82,7 +84,7 @@ class Engine:
             gaps: gets the seconds between any two tokens of a request.
         """
         core = self.core
-        requests = [random_request(core, str(i), n, m) for i, (n, m) in enumerate(lengths)]
+        requests = [random_request(core, self._rng, str(i), n, m) for i, (n, m) in enumerate(lengths)]
         due = list(arrivals) or [0.0] * len(requests)
         seen: dict[str, float] = {}
         added, started = 0, core.clock()
@@ -132,7 +134,6 @@ class Bench:
         wanted = {**usual, **self.given, **settings}
         if self._engine is None or self._engine.settings != wanted:
             self.close()
-            random.seed(0)
             self._engine = Engine(self._path, self.limits, wanted)
         return self._engine
 

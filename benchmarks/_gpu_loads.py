@@ -22,8 +22,8 @@ WARM_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 25
 def lognormal(mean: float, p95: float) -> tuple[float, float]:
     """(mu, sigma) of the lognormal distribution with this mean and 95th percentile.
 
-    mean = exp(mu + sigma^2 / 2) and p95 = exp(mu + z sigma) give sigma^2 / 2 - z sigma + ln(p95 / mean) = 0; the smaller
-    root is the distribution with the lighter tail.
+    mean = exp(mu + sigma^2 / 2) and p95 = exp(mu + z sigma) give sigma^2 / 2 - z sigma + ln(p95 / mean) = 0;
+    the smaller root is the distribution with the lighter tail.
 
     Raises:
         ValueError: there is none: p95 is below the mean, or over exp(z^2 / 2) = 3.87 times it.

@@ -7,7 +7,7 @@
 Random weights at true shapes, bf16, greedy, token-id prompts, EOS ignored, prefix caching off. Each decode figure is
 (time of 256 new tokens - time of 16) / 240 for B prompts of 128 tokens, and stands beside its bound:
 max(weight bytes / BW, 2 P B / F) + live KV bytes / BW, with BW (a sum over 8 GiB) and F (an 8192^3 product) measured in
-the same run. Weight bytes leave out the token embedding, of which a step reads only a few rows (`flover.profile.Bound`).
+the same run. Weight bytes leave out the token embedding, of which a step reads only a few rows (`flover.bound`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ import torch
 from _gpu_engine import MODELS, Bench
 from _gpu_loads import modes, offline, poisson, saturated
 
+from flover.bound import Limits, measured_limits
 from flover.config import EngineConfig
-from flover.profile import Limits, decoding, environment, measured_limits, profile_decode, timed_steps
+from flover.profile import decoding, environment, profile_decode, timed_steps
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = [(random.Random(i).randint(16, 512), 128) for i in range(128)]  # what `generate_batch` is compared on

@@ -16,9 +16,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes to
 import torch
 
 from flover.anatomy import ATTENTION, OTHER, PRODUCT, TRANSFER, Row, short_name
+from flover.bound import Bound, Limits, measured_limits
 from flover.config import EngineConfig, effective_dtype, human
 from flover.engine.engine import EngineCore, survey
-from flover.profile import Bound, Limits, Profile, environment, measured_limits, profile_decode, profile_prefill
+from flover.profile import Profile, environment, profile_decode, profile_prefill
 
 WIDTH, NAME = 80, 36  # columns
 KERNELS = 16  # rows of the table; the file has them all
