@@ -120,7 +120,8 @@ def offline(bench: Bench, **settings: Any) -> dict[str, Any]:
 def saturated(bench: Bench, count: int) -> dict[str, Any]:
     """`count` requests of 1000 tokens in and 1000 out at once, all in one batch if the cache holds them."""
     engine = bench.engine(max_num_seqs=count)
-    lengths = [(bench.small(1000), bench.small(1000, 4))] * count
+    length = min(1000, engine.max_model_len // 2)
+    lengths = [(bench.small(length), bench.small(length, 4))] * count
     engine.run([(n, 4) for n, _ in lengths])
     result = throughput(engine, lengths)
     kv = engine.core.resolved.kv

@@ -6,8 +6,9 @@
 
 Random weights at true shapes, bf16, greedy, token-id prompts, EOS ignored, prefix caching off. Each decode figure is
 (time of 256 new tokens - time of 16) / 240 for B prompts of 128 tokens, and stands beside its bound:
-max(weight bytes / BW, 2 P B / F) + live KV bytes / BW, with BW (a sum over 8 GiB) and F (an 8192^3 product) measured in
-the same run. Weight bytes leave out the token embedding, of which a step reads only a few rows (`flover.bound`).
+max(weight bytes / BW, 2 P B / F) + live KV bytes / BW, with BW (a sum over 8 GiB) and F (an 8192^3 product, in the type
+that the model's products compute in) measured in the same run. Weight bytes are those of the tensors that the model
+holds; the token embedding, of which a step reads only a few rows, is left out (`flover.bound`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from flover.config import EngineConfig
 from flover.profile import decoding, environment, profile_decode, timed_steps
 
 RESULTS = Path(__file__).parent / "results"
+PRODUCTS = {"int8_w8a8": torch.int8, "fp8_w8a8": torch.float8_e4m3fn}  # what products compute in, if not in bf16
 BATCH = [(random.Random(i).randint(16, 512), 128) for i in range(128)]  # what `generate_batch` is compared on
 
 
@@ -242,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return transformers_process(args.model)
     name = "_".join(["gpu", args.model, *args.given.values()])
     output = args.output or RESULTS / f"{name}.json"
-    limits: Limits = measured_limits(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    usual = torch.bfloat16 if args.device == "cuda" else torch.float32
+    limits: Limits = measured_limits(args.device, PRODUCTS.get(args.quantization, usual))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
         "environment": {

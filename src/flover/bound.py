@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 
 def measured_limits(device: str, dtype: torch.dtype) -> Limits:
     """Limits of a device: a sum over 8 GiB (at most half of what is free; on a CPU 1 GiB, an eighth), and a square
-    product in `dtype`, 8192 wide (CPU: 1024). To be called before an engine takes the memory.
+    product in `dtype` (int8 and float8_e4m3fn too), 8192 wide (CPU: 1024). Call it before an engine takes the memory.
     """
     if device == "cpu":  # on a thread of its own, whose OpenMP threads end with it: they would slow the engine's
         with ThreadPoolExecutor(1) as worker:
@@ -43,11 +43,20 @@ def _measure(device: str, dtype: torch.dtype, num_bytes: int, width: int) -> Lim
     data = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     bandwidth = data.numel() * 4 / _seconds(data.sum, device)
     del data
-    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in "ab")
-    flops = 2 * width**3 / _seconds(lambda: a @ b, device)
+    flops = 2 * width**3 / _seconds(_product(device, dtype, width), device)
     if device == "cuda":
         torch.cuda.empty_cache()
     return Limits(bandwidth, flops)
+
+
+def _product(device: str, dtype: torch.dtype, width: int) -> Callable[[], Tensor]:
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in "ab")
+    if dtype == torch.int8:
+        return lambda: torch._int_mm(a, b.t())
+    if dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device=device)
+        return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+    return lambda: a @ b
 
 
 def _seconds(function: Callable[[], Any], device: str, repeats: int = 9) -> float:

@@ -109,8 +109,8 @@ def profile_prefill(core: EngineCore, bound: Bound, length: int, repeats: int = 
     limit = bound.prefill(1, length)
     pairs = Work(bound.kv(length), bound.attention_flops(length * length / 2))
     work = [*bound.work(length)[:-1], *bound.work(1)[-1:]]  # the head sees the last token only
-    anatomy_ = anatomy(events, [e.start for e in events[:1]], 1, work, pairs)
-    return Profile("prefill", 1, length, best * 1e3, limit * 1e3, limit / best, host, anatomy_)
+    found = anatomy(events, [min(e.start for e in events)], 1, work, pairs)
+    return Profile("prefill", 1, length, best * 1e3, limit * 1e3, limit / best, host, found)
 
 
 def random_request(core: EngineCore, rng: random.Random, name: str, length: int, outputs: int) -> Request:
@@ -233,7 +233,9 @@ def _record(core: EngineCore, run: Callable[[], None]) -> tuple[list[Event], lis
     ):
         run()
         _wait(core)
-    events = [_event(e) for e in profile.events() or ()]
+    recorded = profile.events() or ()
+    threads = {e.thread for e in recorded if e.name == STEP}
+    events = [_event(e) for e in recorded if e.thread in threads]
     starts = sorted(e.start for e in events if e.name == STEP)
     return [e for e in exclusive(events) if e.name != STEP], starts
 

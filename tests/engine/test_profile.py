@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flover.anatomy import PRODUCT
-from flover.bound import Bound, Limits
+from flover.bound import Bound, Limits, measured_limits
 from flover.cli import main
 from flover.config import EngineConfig
 from flover.engine.engine import EngineCore
@@ -57,6 +57,14 @@ def test_bound_counts_what_a_step_reads(core: EngineCore) -> None:
     assert bound.decode(many, 0) == pytest.approx(2 * bound.parameters * many / 1e11)  # bound by arithmetic
     one = bound.trace([(64, 1)])
     assert one == pytest.approx(bound.prefill(1, 64) + reading + 64.5 * sum(bound.kv_bytes) / 1e9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.usefixtures("quick")
+def test_limits_are_measured_in_any_type(dtype: torch.dtype) -> None:
+    limits = measured_limits("cpu", dtype)
+    assert limits.bandwidth > 1e8
+    assert limits.flops > 1e8
 
 
 def test_steady_steps_in_full(core: EngineCore) -> None:

@@ -121,6 +121,9 @@ def _print(console: Console, profile: Profile, limits: Limits) -> None:
     if found.between_us is not None:
         between = found.between_us
         table.add_row("gap to the next step's first kernel", *_numbers(None, between, between / found.step_us))
+    if found.between_idle_us is not None:
+        idle = found.between_idle_us
+        table.add_row("  of it, before that step's inputs", *_numbers(None, idle, idle / found.step_us))
     table.add_row("step, under the profiler", *_numbers(None, found.step_us, 1.0))
     console.print(table)
     host = ", ".join(f"{name} {us:.0f}" for name, us in profile.host_us.items() if name not in ("host", "wait"))
