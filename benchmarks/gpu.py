@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --model llama3-8b    # everything, some minutes; writes benchmarks/results/gpu_*.json
     python benchmarks/gpu.py --model gptj-6b --only decode,anatomy
-    python benchmarks/gpu.py --model tiny --device cpu --scale 64 --output /tmp/tiny.json    # do all parts run?
+    python benchmarks/gpu.py --model tiny --device cpu --scale 64 --output tiny.json    # do all parts run?
 
 Random weights at true shapes, bf16, greedy, token-id prompts, EOS ignored, prefix caching off. Each decode figure is
 (time of 256 new tokens - time of 16) / 240 for B prompts of 128 tokens, and stands beside its bound:

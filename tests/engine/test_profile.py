@@ -150,7 +150,7 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--batch", "1,x"], "--batch must be numbers of rows"),
         (["--batch", "0"], "--batch must be numbers of rows"),
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--output", "/nowhere/at/all.json"], "folder /nowhere/at does not exist"),
+        (["--output", "nowhere/at/all.json"], "folder nowhere/at does not exist"),
         (["--batch", "9"], "needs max_num_seqs=9"),
     ],
 )
