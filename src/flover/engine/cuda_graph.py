@@ -22,7 +22,7 @@ from flover.request import RowSampling
 logger = logging.getLogger("flover")
 
 # rows of a step of decode alone; tokens of one with prefill: beyond the largest the device takes longer than the host
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 MAX_PREFILLS = 64
 QUERY_TILE = 128  # of the prefill kernel
