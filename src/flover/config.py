@@ -159,7 +159,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reorder": ("off", "move", "indirect"),
     "policy": ("fused", "serial", "static"),
     "order": ("fcfs", "priority", "shortest"),
-    "prefill_mode": ("mixed", "separate"),
+    "prefill_mode": ("mixed", "separate", "overlap"),
     "device": ("auto", "cpu", "cuda"),
     "generation_config": ("auto", "none"),
     "load_format": ("auto", "dummy"),
@@ -186,7 +186,8 @@ class EngineConfig:
         batch_invariant: every logit bit-equal alone and fused, at the price of padding.
         seed: of requests that bring none.
         policy: "fused", or "serial" and "static" for comparison. order: who is admitted first.
-        prefill_mode: "mixed" (prefill chunks share a step with decode) or "separate" (they alternate).
+        prefill_mode: "mixed" (prefill chunks share a step with decode), "separate" (they alternate) or "overlap" (as
+            mixed, but on a GPU the prefill of a step runs on a stream of its own, beside its decode).
         overlap_depth: plans made ahead of the result in flight (0 or 1).
         generation_config: "auto" applies the checkpoint's sampling defaults, "none" does not.
         debug_poison: fill freed KV with NaN, so that a stale read cannot pass.

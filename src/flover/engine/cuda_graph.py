@@ -59,11 +59,10 @@ def mixed_shape(step: Shape, max_rows: int) -> Shape | None:
     return shape if step.prefill <= shape.prefill and step.tiles <= shape.tiles else None
 
 
-class Runner(Protocol):
+class Steps(Protocol):
     """What the graphs are made of."""
 
     sampler: Sampler
-    stream: torch.cuda.Stream
     batch_invariant: bool
     max_rows: int
 
@@ -75,30 +74,25 @@ class StepGraphs:
     """vocab_size, dtype: of the logits. max_tokens: no step has more."""
 
     def __init__(
-        self, runner: Runner, vocab_size: int, dtype: torch.dtype, max_tokens: int, device: torch.device
+        self, steps: Steps, vocab_size: int, dtype: torch.dtype, max_tokens: int, device: torch.device
     ) -> None:
-        self._runner, self._max_tokens = runner, max_tokens
+        self._steps, self._max_tokens = steps, max_tokens
         self._pool = torch.cuda.graph_pool_handle()
         self._forward: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._sampling: dict[tuple[int, tuple[bool, ...]], tuple[torch.cuda.CUDAGraph, SamplerOutput]] = {}
         self._seen: set[Shape] = set()
-        entries = max((b for b in ROWS if b < 2 * runner.max_rows), default=1) + MAX_PREFILLS
+        entries = max((b for b in ROWS if b < 2 * steps.max_rows), default=1) + MAX_PREFILLS
         self._logits = torch.empty(entries, vocab_size, dtype=dtype, device=device)
         self._rows = torch.empty(entries, dtype=torch.int64, device=device)
 
     def fit(self, step: Shape) -> Shape | None:
         """The shape under which a step runs, None: as it is, without a graph."""
-        invariant = self._runner.batch_invariant
+        invariant = self._steps.batch_invariant
         if step.prefill:
-            shape = None if invariant else mixed_shape(step, self._runner.max_rows)
+            shape = None if invariant else mixed_shape(step, self._steps.max_rows)
         else:
             shape = decode_shape(step.decode, tiled=invariant)
         return shape if shape and shape.entries <= len(self._rows) and shape.tokens <= self._max_tokens else None
-
-    def run(self, shape: Shape) -> SamplerOutput:
-        """Compute the step that is staged."""
-        self._compute(shape)
-        return self._sample(shape.entries)
 
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
         """Compile and capture what is likely to be needed, until the time is over."""
@@ -112,40 +106,40 @@ class StepGraphs:
 
     def capture_largest(self) -> None:
         """The shapes that need the most memory."""
-        rows = self._runner.max_rows
+        rows = self._steps.max_rows
         for step in (Shape(TOKENS[-1], rows, 1, 1), Shape(TOKENS[-1], 1, 1, 1), Shape(rows, rows, 0, 0)):
             shape = self.fit(step)
             if shape is not None:
                 self._capture(shape)
 
     def _capture(self, shape: Shape) -> None:
-        sampler, scratch = self._runner.sampler, [self._runner.max_rows]
-        self._runner.stage_padding(shape)
+        sampler, scratch = self._steps.sampler, [self._steps.max_rows]
+        self._steps.stage_padding(shape)
         self._seen.add(shape)
-        self._compute(shape)
+        self.compute(shape)
         for temperature in (1.0, 0.0):  # the two common kinds of sampling; the last is how scratch is left
             sampler.join(scratch, [RowSampling(seed=0, temperature=temperature)], [0], [[]], [[]])
-            self._sample(shape.entries)
+            self.sample(shape.entries)
             sampler.leave(scratch)
 
     def _likely(self) -> Iterator[Shape]:
         """The most useful first, so that little is missing wherever time ends."""
-        rows = [b for b in ROWS if b < 2 * self._runner.max_rows]
+        rows = [b for b in ROWS if b < 2 * self._steps.max_rows]
         doubling = [b for b in rows if b & (b - 1) == 0]
         steps = [Shape(b, b, 0, 0) for b in doubling]
         steps += [Shape(t, 1, 1, 1) for t in TOKENS]
         steps += [Shape(b, b, 0, 0) for b in rows]
-        steps += [Shape(t, self._runner.max_rows, 1, 1) for t in TOKENS if t > self._runner.max_rows]
+        steps += [Shape(t, self._steps.max_rows, 1, 1) for t in TOKENS if t > self._steps.max_rows]
         yield from dict.fromkeys(shape for step in steps if (shape := self.fit(step)))
 
-    def _compute(self, shape: Shape) -> None:
+    def compute(self, shape: Shape) -> None:
         """Logits of the staged step, by its graph or kernel by kernel."""
         if shape in self._forward:
             self._forward[shape].replay()
             return
 
         def forward() -> None:
-            logits, rows = self._runner.logits(shape)
+            logits, rows = self._steps.logits(shape)
             self._logits[: shape.entries].copy_(logits)
             self._rows[: shape.entries].copy_(rows)
 
@@ -154,9 +148,9 @@ class StepGraphs:
             self._forward[shape], _ = self._record(forward)
         self._seen.add(shape)
 
-    def _sample(self, entries: int) -> SamplerOutput:
+    def sample(self, entries: int) -> SamplerOutput:
         """Sampling of the logits; what few requests need (penalties, log-probabilities) runs uncaptured."""
-        sampler, logits, rows = self._runner.sampler, self._logits[:entries], self._rows[:entries]
+        sampler, logits, rows = self._steps.sampler, self._logits[:entries], self._rows[:entries]
         kind = sampler.graph_key
         if kind is None:
             return sampler.sample(logits, rows)

@@ -1,8 +1,9 @@
-"""The runner on a GPU: one staging copy a step, CUDA graphs for decode, results read back while later steps run.
+"""The runner on a GPU: one staging copy a step, CUDA graphs, results read back while later steps run.
 
 `execute` only enqueues. A step runs as two graphs, up to the logits and sampling (`cuda_graph`), but a long prefill, or
 one whose prompt is scored, kernel by kernel. Row state has its truth on the host, which knows it exactly; the block
-table and the tokens drawn last live on the device.
+table and the tokens drawn last live on the device. In prefill mode "overlap" a step's prefill has a lane of its own;
+the step is sampled when both have ended.
 """
 
 from __future__ import annotations
@@ -13,19 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flover.config import ResolvedConfig
 from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
-from flover.engine.cuda_graph import Shape, StepGraphs
-from flover.engine.runner import Batch, ModelRunner
-from flover.engine.staging import Staging, sections
-from flover.kernels.triton.attention import DeviceMetadata, invariant_tiles, prefill_tiles
-from flover.kernels.triton.inputs import edit_tables, token_inputs
-from flover.layers.attention import ForwardContext
+from flover.engine.lane import RING, Lane
+from flover.engine.runner import Batch, Mask, ModelRunner
 from flover.layers.sampler import SamplerOutput
-
-RING = 3  # overlap depth 1: a step in flight, one being submitted, and one whose buffers are still read
 
 
 class Pending:
@@ -44,34 +38,30 @@ class GpuRunner(ModelRunner):
 
     def __init__(self, config: ResolvedConfig, folder: Path) -> None:
         super().__init__(config, folder, "triton")
-        rows, blocks = self.tables.shape
-        tokens = (
-            2 * (config.scheduler.max_num_batched_tokens + rows) + 64
-        )  # a captured shape may be larger than the step
-        self.max_rows = rows
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.max_rows, blocks = self.tables.shape
+        self.block_table = torch.zeros(self.max_rows, blocks, dtype=torch.int32, device=self.device)
+        sizes = config.scheduler.max_num_batched_tokens, config.model.vocab_size, getattr(torch, config.engine.dtype)
+        self._lane = Lane(self, *sizes)
+        self._side = Lane(self, *sizes) if config.scheduler.prefill_mode == "overlap" else None
         self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.block_table = torch.zeros(rows, blocks, dtype=torch.int32, device=self.device)
-        self.staging = Staging(11 * tokens + rows * (blocks + 8), RING, rows, self.device)
-        self._tokens = torch.empty(2, tokens, dtype=torch.int64, device=self.device)  # input ids, slots
-        self._results = [torch.empty(tokens, dtype=torch.int64, pin_memory=True) for _ in range(RING)]
+        self._results = [torch.empty(self._lane.max_tokens, dtype=torch.int64, pin_memory=True) for _ in range(RING)]
         self._events = [torch.cuda.Event() for _ in range(RING)]  # type: ignore[no-untyped-call]
         self._turn = 0
-        dtype: torch.dtype = getattr(torch, config.engine.dtype)
-        self._graphs = StepGraphs(self, config.model.vocab_size, dtype, tokens, self.device)
         torch.cuda.current_stream().synchronize()  # the weights are there before another stream reads them
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile kernels and capture graphs ahead of the first request, for a few seconds at most."""
-        with torch.cuda.stream(self.stream):
-            self._graphs.warm_up()
+        with torch.cuda.stream(self._lane.stream):
+            self._lane.graphs.warm_up()
 
     @torch.inference_mode()
     def capture_largest(self) -> None:
         """The graphs that take the most memory."""
-        with torch.cuda.stream(self.stream):
-            self._graphs.capture_largest()
+        for lane in (self._lane, self._side):
+            if lane is not None:
+                with torch.cuda.stream(lane.stream):
+                    lane.graphs.capture_largest()
 
     def reset(self) -> None:
         """As `ModelRunner.reset`; memory that PyTorch holds without using it goes back, should it have run out."""
@@ -80,126 +70,58 @@ class GpuRunner(ModelRunner):
 
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult | Pending:  # type: ignore[override]
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self._lane.stream):
             self._apply(plan)
             batch = self._batch(plan)
             if batch is None:
                 return self.empty_result()
-            order, step, tiles = self._arrange(batch)
-            shape = None if plan.scored else self._graphs.fit(step)
-            begins, entries = self._send(batch, order, step, shape or step, tiles)
-            where = entries[batch.samples]
-            if shape is not None:
-                return self._read_back(self._graphs.run(shape), where, ())
-            hidden = self._hidden(step)
-            first = dict(zip(batch.rows.tolist(), begins.tolist()))
-            scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
-            if not len(where):
-                return self.empty_result()._replace(prompt_scores=scores)
-            return self._read_back(self.sampler.sample(*self._logits(hidden, step)), where, scores)
+            edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
+            self.edited.clear()
+            alone = batch.counts == 1
+            if plan.scored:
+                return self._scored(plan, batch, edits)
+            if self._side is not None and alone.any() and not alone.all():
+                return self._overlapped(self._side, batch, alone, edits)
+            staged = self._lane.stage(batch, edits)
+            if staged.captured:
+                self._lane.compute(staged)
+                output = self._lane.sample(staged)
+            else:
+                output = self.sampler.sample(*self._lane.logits(staged.shape))
+            return self._read_back(output, staged.entries[batch.samples], ())
 
-    def _arrange(self, batch: Batch) -> tuple[IntArray, Shape, tuple[Any, Any]]:
-        """Entries of one token first, then those of more; -> their order, sizes, and the tiles of queries.
+    def _scored(self, plan: BatchPlan, batch: Batch, edits: list[tuple[int, int, IntArray]]) -> StepResult | Pending:
+        """A step whose prompts are scored needs all its hidden states, so it runs kernel by kernel."""
+        staged = self._lane.stage(batch, edits, capture=False)
+        hidden = self._lane.hidden(staged.shape)
+        first = dict(zip(batch.rows.tolist(), staged.begins.tolist()))
+        scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
+        output = self.sampler.sample(*self._lane.logits(staged.shape, hidden))
+        return self._read_back(output, staged.entries[batch.samples], scores)
 
-        Batch-invariant: every entry goes through tiles.
-        """
-        alone = batch.counts == 1
-        order = np.concatenate([np.nonzero(alone)[0], np.nonzero(~alone)[0]])
-        counts, num_decode = batch.counts[order], int(alone.sum())
-        if self.batch_invariant:
-            tiles = invariant_tiles(counts, (batch.start + batch.counts)[order])
-        else:
-            tiles = prefill_tiles(counts[num_decode:], num_decode)
-        return order, Shape(int(counts.sum()), num_decode, len(order) - num_decode, len(tiles[0])), tiles
-
-    # ---- what goes in ------------------------------------------------------------------------------------------------
-
-    def _send(
-        self, batch: Batch, order: IntArray, step: Shape, shape: Shape, tiles: tuple[Any, Any]
-    ) -> tuple[IntArray, IntArray]:
-        """Stage a step under a shape that holds it; -> where each entry of the batch begins, and which entry it is."""
-        counts = batch.counts[order]
-        ends = np.cumsum(counts)
-        starts = ends - counts
-        of_token = np.repeat(order, counts)  # [num_tokens]
-        offset = np.arange(step.tokens) - np.repeat(starts, counts)
-        ids = np.full(step.tokens, -1, dtype=np.int32)
-        known = batch.in_prefill[of_token]
-        given = batch.counts * batch.in_prefill
-        ids[known] = batch.prefill_ids[((np.cumsum(given) - given)[of_token] + offset)[known]]
-        gap = shape.decode - step.decode  # entries that pad the first part, behind which the second begins
-
-        def padded(values: IntArray, fill: int = 0) -> IntArray:
-            return np.concatenate((values[: step.decode], np.full(gap, fill), values[step.decode :])) if gap else values
-
-        parts = {
-            "ids": ids,
-            "positions": batch.start[of_token] + offset,
-            "token_rows": np.where(batch.frozen[of_token], -1, batch.rows[of_token]),
-            "prompt_lens": self.prompt[batch.rows[of_token]],
-            "entry_rows": padded(batch.rows[order]),
-            "seq_lens": padded((batch.start + batch.counts)[order]),
-            "sample_index": padded(ends - 1),
-            "sample_rows": padded(np.where(batch.samples, batch.rows, self.max_rows)[order], self.max_rows),
-            "query_start": np.append(padded(starts, int(ends[step.decode - 1]) if step.decode else 0), step.tokens),
-            "tile_entry": tiles[0] + gap * (tiles[0] >= step.decode) if gap else tiles[0],
-            "tile_start": tiles[1],
-        }
-        edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
-        self.edited.clear()
-        sent = self.staging.send(parts, sections(shape), edits)
-        if edits:
-            edit_tables(sent, len(edits), self.block_table)
-        begins, entries = np.empty_like(starts), np.empty_like(order)
-        begins[order] = starts
-        entries[order] = np.arange(len(order)) + gap * (np.arange(len(order)) >= step.decode)
-        return begins, entries
-
-    def stage_padding(self, shape: Shape) -> None:
-        """Stage a step of that shape in which nothing happens."""
-        self.staging.send({"query_start": np.zeros(1, dtype=np.int32)}, sections(shape), [])
-
-    # ---- what is computed --------------------------------------------------------------------------------------------
-
-    def logits(self, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Logits of the staged step, a row for each entry, and the sampler's row for each."""
-        return self._logits(self._hidden(shape), shape)
-
-    def _logits(self, hidden: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-        views = self._views(shape)
-        last = hidden[views["sample_index"]] if shape.prefill else hidden
-        return self.model.compute_logits(last), views["sample_rows"].long()
-
-    def _views(self, shape: Shape) -> dict[str, Tensor]:
-        return {name: self.staging.device_buffer[place] for name, place in sections(shape).items()}
-
-    def _hidden(self, shape: Shape) -> Tensor:
-        """Complete the tokens of the staged step, then the model; -> `[tokens, hidden_size]`."""
-        v, size = self._views(shape), self.kv_config.block_size
-        input_ids, slots = self._tokens[:, : shape.tokens]
-        token_inputs(
-            v["ids"],
-            v["positions"],
-            v["token_rows"],
-            self.sampler.last_token,
-            self.block_table,
-            size,
-            input_ids,
-            slots,
-        )
-        meta = DeviceMetadata(
-            block_table=self.block_table,
-            rows=v["entry_rows"],
-            seq_lens=v["seq_lens"],
-            query_start=v["query_start"],
-            num_decode=0 if self.batch_invariant else shape.decode,
-            tile_entry=v["tile_entry"] if shape.tiles else None,
-            tile_start=v["tile_start"] if shape.tiles else None,
-            block_size=size,
-            contiguous=self.kv_config.layout == "slab",
-        )
-        ctx = ForwardContext(self.storage.k, self.storage.v, slots, v["prompt_lens"], meta, self.batch_invariant)
-        return self.model.forward(input_ids, v["positions"], ctx)
+    def _overlapped(
+        self, side: Lane, batch: Batch, alone: Mask, edits: list[tuple[int, int, IntArray]]
+    ) -> StepResult | Pending:
+        """Decode and prefill at once, each on its lane; then both are sampled."""
+        lane, where = self._lane, np.empty_like(batch.rows)
+        first = lane.stage(batch.part(alone), edits)
+        side.stream.wait_stream(lane.stream)  # for what the prefill reads: tables, copied blocks
+        if first.captured:
+            lane.compute(first)
+        with torch.cuda.stream(side.stream):
+            second = side.stage(batch.part(~alone), [])
+            if second.captured:
+                side.compute(second)
+            else:
+                logits = side.logits(second.shape)
+        late = None if first.captured else lane.logits(first.shape)
+        lane.stream.wait_stream(side.stream)
+        outputs = [
+            lane.sample(first) if late is None else self.sampler.sample(*late),
+            side.sample(second) if second.captured else self.sampler.sample(*logits),
+        ]
+        where[alone], where[~alone] = first.entries, second.entries + len(outputs[0].token_ids)
+        return self._read_back(_together(*outputs), where[batch.samples], ())
 
     # ---- what comes out ----------------------------------------------------------------------------------------------
 
@@ -213,7 +135,7 @@ class GpuRunner(ModelRunner):
         drawn = torch.where(output.finite, output.token_ids, -1)  # its own memory: the graph's is overwritten
         host, event = self._results[turn][: len(drawn)], self._events[turn]
         logprobs = None
-        self._copy_stream.wait_stream(self.stream)
+        self._copy_stream.wait_stream(self._lane.stream)
         with torch.cuda.stream(self._copy_stream):
             host.copy_(drawn, non_blocking=True)
             drawn.record_stream(self._copy_stream)
@@ -231,3 +153,10 @@ class GpuRunner(ModelRunner):
             return StepResult(tokens * finite, finite, best, scores)
 
         return Pending(event, read)
+
+
+def _together(a: SamplerOutput, b: SamplerOutput) -> SamplerOutput:
+    logprobs: Any = None
+    if a.logprobs is not None and b.logprobs is not None:
+        logprobs = tuple(torch.cat(pair) for pair in zip(a.logprobs, b.logprobs))
+    return SamplerOutput(torch.cat((a.token_ids, b.token_ids)), torch.cat((a.finite, b.finite)), logprobs)

@@ -235,8 +235,8 @@ class Scheduler:
         self.kv.leave(request.key, bad)
 
     def _is_prefill_step(self, under_way: IntArray) -> bool:
-        """Mixed: always. Separate: prefill and decode alternate while there is work for both."""
-        if self.config.prefill_mode == "mixed":
+        """Mixed, overlap: always. Separate: prefill and decode alternate while there is work for both."""
+        if self.config.prefill_mode != "separate":
             return True
         decoding = under_way.size < np.count_nonzero(self.table.dead == 0)
         if decoding and self._last_was_prefill:
@@ -248,7 +248,7 @@ class Scheduler:
 
     def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> npt.NDArray[np.int32]:
         """Tokens per row: its prefill chunk; one if it decodes or is frozen, unless this step is for prefill alone."""
-        decode = self.config.prefill_mode == "mixed" or not chunks
+        decode = self.config.prefill_mode != "separate" or not chunks
         scheduled = np.full(len(self.table), decode, dtype=np.int32)
         if under_way.size:
             scheduled[under_way] = 0
@@ -261,7 +261,7 @@ class Scheduler:
     ) -> tuple[dict[int, int], list[RowJoin]]:
         """Prefill chunks (row -> tokens) within the budget: rows under way first, then everyone who fits joins."""
         budget = self._token_budget
-        if self.config.prefill_mode == "mixed":
+        if self.config.prefill_mode != "separate":
             budget -= len(self.table) - under_way.size
         budget = max(budget, min(self.kv.block_size, 16))
         chunks: dict[int, int] = {}

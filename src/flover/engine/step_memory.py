@@ -60,7 +60,8 @@ def measure_step_bytes(config: ResolvedConfig, folder: Path, hardware: Hardware)
     finally:
         gc.collect()
         torch.cuda.empty_cache()
-    return max(peak - weights - settled.memory.kv, 0) + DRIVER_BYTES
+    lanes = 2 if config.scheduler.prefill_mode == "overlap" else 1  # PyTorch keeps the memory of each stream apart
+    return lanes * max(peak - weights - settled.memory.kv, 0) + DRIVER_BYTES
 
 
 def _run_heaviest(config: ResolvedConfig, folder: Path, prompt: int) -> None:
