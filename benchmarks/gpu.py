@@ -1,191 +1,110 @@
-"""Speed on one GPU: decode by batch, prefill, offline throughput, the paper's workload, where a step's time goes.
+"""Speed on one GPU: decode, prefill, throughput, latency under load, the paper's workload, where a step's time goes.
 
-    python benchmarks/gpu.py --model llama3-8b    # everything, a few minutes; writes benchmarks/results/gpu_*.json
+    python benchmarks/gpu.py --model llama3-8b    # everything, some minutes; writes benchmarks/results/gpu_*.json
     python benchmarks/gpu.py --model gptj-6b --only decode,anatomy
+    python benchmarks/gpu.py --model tiny --device cpu --scale 64 --output tiny.json    # do all parts run?
 
 Random weights at true shapes, bf16, greedy, token-id prompts, EOS ignored, prefix caching off. Each decode figure is
 (time of 256 new tokens - time of 16) / 240 for B prompts of 128 tokens, and stands beside its bound:
-max(weight bytes / BW, 2 P B / F) + live KV bytes / BW, with BW (a sum over 8 GB) and F (an 8192^3 bf16 product)
-measured in the same run. Weight bytes leave out the token embedding, of which a step reads only a few rows.
+max(weight bytes / BW, 2 P B / F) + live KV bytes / BW, with BW (a sum over 8 GiB) and F (an 8192^3 product, in the type
+that the model's products compute in) measured in the same run. Weight bytes are those of the tensors that the model
+holds; the token embedding, of which a step reads only a few rows, is left out (`flover.bound`).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from _gpu_engine import MODELS, Bench
+from _gpu_loads import modes, offline, poisson, saturated
 
-import flover
+from flover.bound import Limits, measured_limits
 from flover.config import EngineConfig
-from flover.engine.engine import EngineCore
-from flover.request import Request, RowSampling
+from flover.profile import decoding, environment, profile_decode, timed_steps
 
 RESULTS = Path(__file__).parent / "results"
+PRODUCTS = {"int8_w8a8": torch.int8, "fp8_w8a8": torch.float8_e4m3fn}  # what products compute in, if not in bf16
+BATCH = [(random.Random(i).randint(16, 512), 128) for i in range(128)]  # what `generate_batch` is compared on
 
 
-def llama(hidden: int, size: int, layers: int, heads: int, kv_heads: int, vocab: int, length: int) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": length,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-    }
-
-
-MODELS: dict[str, dict[str, Any]] = {
-    "llama3-8b": llama(4096, 14336, 32, 32, 8, 128256, 8192),
-    "llama2-7b": llama(4096, 11008, 32, 32, 32, 32000, 4096),
-    "llama-13b": llama(5120, 13824, 40, 40, 40, 32000, 2048),
-    "gptj-6b": {
-        "architectures": ["GPTJForCausalLM"],
-        "n_embd": 4096,
-        "n_layer": 28,
-        "n_head": 16,
-        "n_positions": 2048,
-        "rotary_dim": 64,
-        "vocab_size": 50400,
-    },
-    "gpt2-xl": {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_embd": 1600,
-        "n_layer": 48,
-        "n_head": 25,
-        "n_positions": 1024,
-        "vocab_size": 50257,
-        "tie_word_embeddings": True,
-    },
-    "tiny": llama(128, 256, 2, 4, 2, 1000, 2048),
-}
-PARTS = ("decode", "prefill", "offline", "paper", "anatomy", "transformers")
-
-
-class Engine:
-    """A core with random weights, and the clock around what it runs."""
-
-    def __init__(self, name: str, folder: Path, **settings: Any) -> None:
-        path = folder / name
-        path.mkdir(exist_ok=True)
-        self.vocab = MODELS[name]["vocab_size"]
-        (path / "config.json").write_text(json.dumps({**MODELS[name], "dtype": "bfloat16"}))
-        started = time.perf_counter()
-        self.core = EngineCore(EngineConfig(str(path), load_format="dummy", enable_prefix_caching=False, **settings))
-        self.start_up = time.perf_counter() - started
-        self._rng = random.Random(0)
-
-    def requests(self, lengths: Sequence[tuple[int, int]]) -> list[Request]:
-        ids = [[self._rng.randrange(self.vocab) for _ in range(n)] for n, _ in lengths]
-        return [
-            Request(str(i), prompt, RowSampling(seed=0, temperature=0.0), outputs)
-            for i, (prompt, (_, outputs)) in enumerate(zip(ids, lengths))
-        ]
-
-    def run(self, lengths: Sequence[tuple[int, int]], interval: float = 0.0) -> tuple[float, list[Request]]:
-        """Seconds from the first arrival to the last token; request i arrives at i * interval seconds."""
-        core, requests = self.core, self.requests(lengths)
-        waiting = list(reversed(requests))
-        started = core.clock()
-        while waiting or core.has_unfinished():
-            now = core.clock() - started
-            while waiting and (len(requests) - len(waiting)) * interval <= now:
-                core.add(waiting.pop())
-            if core.has_unfinished():
-                core.step()
-        return core.clock() - started, requests
-
-
-def measured_limits() -> tuple[float, float]:
-    """Bytes/s of a sum over 8 GB, FLOP/s of an 8192^3 bf16 product."""
-    data = torch.empty(2 << 30, dtype=torch.float32, device="cuda").normal_()
-    read, nbytes = timed(data.sum), data.numel() * 4
-    del data
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
-    product = timed(lambda: a @ b)
-    return nbytes / read, 2 * 8192**3 / product
-
-
-def timed(function: Any, repeats: int = 9) -> float:
-    function()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-class Bound:
-    """Bytes and FLOPs that a step cannot do without, and the seconds they take at the measured limits."""
-
-    def __init__(self, engine: Engine, bandwidth: float, flops: float) -> None:
-        runner: Any = engine.core._executor._runner  # type: ignore[attr-defined]
-        config = engine.core.resolved
-        seen = {p.data_ptr(): p for p in runner.model.parameters()}
-        self.parameters = sum(p.numel() for p in seen.values())
-        if not config.model.tie_word_embeddings:
-            self.parameters -= config.model.vocab_size * config.model.hidden_size
-        self.head = config.model.vocab_size * config.model.hidden_size
-        self.token_bytes = config.kv.bytes_per_token
-        self.bandwidth, self.flops, self.model = bandwidth, flops, config.model
-
-    def decode(self, batch: int, context: float) -> float:
-        weights = max(2 * self.parameters / self.bandwidth, 2 * self.parameters * batch / self.flops)
-        return weights + batch * context * self.token_bytes / self.bandwidth
-
-    def prefill(self, count: int, length: int) -> float:
-        m = self.model
-        products = 2 * (self.parameters - self.head) * count * length + 2 * self.head * count
-        attention = 2 * 2 * m.num_layers * m.num_heads * m.head_dim * count * length * length / 2
-        return (products + attention) / self.flops
-
-
-def decode(engine: Engine, bound: Bound, batches: Sequence[int]) -> list[dict[str, Any]]:
-    rows = []
+def decode(bench: Bench, batches: Sequence[int], **settings: Any) -> list[dict[str, Any]]:
+    """Decode steps by batch, of prompts of 128 tokens, 256 and 16 tokens out."""
+    engine, rows = bench.engine(**settings), []
+    prompt, few, many = bench.small(128), bench.small(16, 2), bench.small(256, 8)
     for batch in batches:
-        engine.run([(128, 16)] * batch)  # capture
-        short = min(engine.run([(128, 16)] * batch)[0] for _ in range(3))
-        long = min(engine.run([(128, 256)] * batch)[0] for _ in range(2))
-        step = (long - short) / 240
-        limit = bound.decode(batch, 128 + 136)
+        engine.run([(prompt, few)] * batch)  # capture
+        short = min(engine.run([(prompt, few)] * batch)[0] for _ in range(3))
+        long = min(engine.run([(prompt, many)] * batch)[0] for _ in range(2))
         rows.append(
-            {
-                "batch": batch,
-                "ms": round(step * 1e3, 3),
-                "bound_ms": round(limit * 1e3, 3),
-                "share_of_bound": round(limit / step, 3),
-                "tokens_per_s": round(batch / step),
-            }
+            step_row(batch, (long - short) / (many - few), engine.bound.decode(batch, prompt + (few + many) / 2))
         )
-        print("decode", rows[-1], flush=True)
+        print("decode", settings or "", rows[-1], flush=True)
     return rows
 
 
-def prefill(engine: Engine, bound: Bound, shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    rows = []
+def step_row(batch: int, step: float, limit: float) -> dict[str, Any]:
+    """A decode step (seconds) beside its bound."""
+    return {
+        "batch": batch,
+        "ms": round(step * 1e3, 3),
+        "bound_ms": round(limit * 1e3, 3),
+        "share_of_bound": round(limit / step, 3),
+        "tokens_per_s": round(batch / step),
+    }
+
+
+def context(bench: Bench, batches: Sequence[int], lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Decode steps by context: 100 steady steps from an idle device to an idle device, the best of three."""
+    steps, rows = bench.small(100, 4), []
+    engine = bench.engine(max_model_len=min(bench.positions, 4096))
+    for length in lengths:
+        length = min(bench.small(length), engine.max_model_len - 3 * steps - 64)
+        for batch in batches:
+            with decoding(engine.core, batch, length, 3 * steps + 4) as requests:
+                before = sum(len(r.token_ids) for r in requests) / batch
+                step = min(timed_steps(engine.core, batch, steps) for _ in range(3)) / steps
+                mean = (before + sum(len(r.token_ids) for r in requests) / batch) / 2
+            rows.append({"context": round(mean), **step_row(batch, step, engine.bound.decode(batch, mean))})
+            print("context", rows[-1], flush=True)
+    return rows
+
+
+def fusion(bench: Bench) -> dict[str, Any]:
+    """A step of 29 rows over a step of one, at about 260 tokens of context; the bound of the ratio is that of bytes."""
+    one, many = decode(bench, (1, 29))
+    ratios = {"ratio": many["ms"] / one["ms"], "bound_ratio": many["bound_ms"] / one["bound_ms"]}
+    result = {"rows": [one, many], **{name: round(value, 3) for name, value in ratios.items()}}
+    print("fusion", result, flush=True)
+    return result
+
+
+def invariant(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
+    """What bits that do not depend on the batch cost, in decode steps."""
+    default = decode(bench, batches)
+    exact = decode(bench, batches, batch_invariant=True)
+    rows = [{**row, "price": round(row["ms"] / usual["ms"], 2)} for row, usual in zip(exact, default)]
+    print("invariant", rows, flush=True)
+    return rows
+
+
+def prefill(bench: Bench, shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    engine, rows = bench.engine(), []
     for count, length in shapes:
+        length = bench.small(length)
         seconds = min(engine.run([(length, 1)] * count)[0] for _ in range(4))
-        limit = bound.prefill(count, length)
+        limit = engine.bound.prefill(count, length)
         rows.append(
             {
                 "prompts": count,
@@ -200,80 +119,33 @@ def prefill(engine: Engine, bound: Bound, shapes: Sequence[tuple[int, int]]) -> 
     return rows
 
 
-def offline(engine: Engine) -> dict[str, Any]:
-    """512 requests at once, prompts uniform 32-1024, outputs uniform 32-512."""
-    rng = random.Random(0)
-    lengths = [(rng.randint(32, 1024), rng.randint(32, 512)) for _ in range(512)]
-    engine.run([(n, min(m, 8)) for n, m in lengths[:64]])
-    seconds, requests = engine.run(lengths)
-    outputs = sum(m for _, m in lengths)
-    result = {
-        "requests": len(lengths),
-        "prompt_tokens": sum(n for n, _ in lengths),
-        "output_tokens": outputs,
-        "seconds": round(seconds, 2),
-        "output_tokens_per_s": round(outputs / seconds),
-    }
-    assert sum(r.num_output_tokens for r in requests) == outputs
-    print("offline", result, flush=True)
-    return result
-
-
-def paper(engine: Engine, intervals: Sequence[float]) -> list[dict[str, Any]]:
+def paper(bench: Bench, intervals: Sequence[float]) -> list[dict[str, Any]]:
     """32 requests, 8 in and 504 out, at fixed intervals; and one alone."""
+    engine, outputs = bench.engine(), bench.small(504, 4)
     engine.run([(8, 8)] * 32)
-    alone = engine.run([(8, 504)])[0]
-    rows = [{"requests": 1, "makespan_s": round(alone, 3)}]
+    alone = engine.run([(8, outputs)])[0]
+    rows: list[dict[str, Any]] = [{"requests": 1, "makespan_s": round(alone, 3)}]
     for interval in intervals:
-        makespan, _ = engine.run([(8, 504)] * 32, interval)
-        rows.append({"requests": 32, "interval_s": interval, "makespan_s": round(makespan, 3)})
+        arrivals = [i * interval / bench.scale for i in range(32)]
+        makespan, _ = engine.run([(8, outputs)] * 32, arrivals)
+        after = makespan - arrivals[-1]
+        rows.append(
+            {"requests": 32, "interval_s": interval, "makespan_s": round(makespan, 3), "after_last_s": round(after, 3)}
+        )
     print("paper", rows, flush=True)
     return rows
 
 
-def anatomy(engine: Engine, batch: int) -> dict[str, Any]:
-    """Kernels of steady decode steps: microseconds a step, launches a step, share; and what lies between them."""
-    core, steps = engine.core, 20
-    for request in engine.requests([(128, 120)] * batch):
-        core.add(request)
-    for _ in range(60):
-        core.step()
-    torch.cuda.synchronize()
-    host = time.perf_counter()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            core.step()
-        torch.cuda.synchronize()
-    host = time.perf_counter() - host
-    while core.has_unfinished():
-        core.step()
-    events = sorted(
-        (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA),
-        key=lambda e: e.time_range.start,
-    )
-    busy: defaultdict[str, list[float]] = defaultdict(list)
-    covered, gap, end = 0.0, 0.0, events[0].time_range.start
-    for event in events:
-        busy[event.name].append(event.time_range.elapsed_us())
-        gap += max(0.0, event.time_range.start - end)
-        covered += max(0.0, event.time_range.end - max(end, event.time_range.start))
-        end = max(end, event.time_range.end)
-    kernels = [
-        {"kernel": name[:90], "us": round(sum(t) / steps, 1), "launches": round(len(t) / steps, 1)}
-        for name, t in sorted(busy.items(), key=lambda item: -sum(item[1]))
-    ]
-    result = {
-        "batch": batch,
-        "span_us": round((covered + gap) / steps, 1),
-        "busy_us": round(covered / steps, 1),
-        "gaps_us": round(gap / steps, 1),
-        "kernels": kernels[:24],
-    }
-    print("anatomy", json.dumps(result, indent=1), flush=True)
-    return result
-
-
-BATCH = [(random.Random(i).randint(16, 512), 128) for i in range(128)]  # what `generate_batch` is compared on
+def anatomy(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
+    """Kernels of steady decode steps, gaps inside and between them, host time."""
+    engine, rows = bench.engine(), []
+    for batch in batches:
+        profile = profile_decode(engine.core, engine.bound, batch, bench.small(128), bench.small(20, 4))
+        row = profile.to_json()
+        row["anatomy"]["kernels"] = [{**k, "name": k["name"][:120]} for k in row["anatomy"]["kernels"][:24]]
+        rows.append(row)
+        print("anatomy", json.dumps(row, indent=1), flush=True)
+    return rows
 
 
 def transformers_process(name: str) -> None:
@@ -295,81 +167,111 @@ def transformers_process(name: str) -> None:
     print(best, flush=True)
 
 
-def against_transformers(engine: Engine, seconds: float | str) -> dict[str, Any]:
+def run_transformers(name: str) -> float | str:
+    """Seconds of `transformers_process`, or why there are none. Before an engine takes the memory."""
+    command = [sys.executable, __file__, "--model", name, "--transformers-process"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
+
+
+def against_transformers(bench: Bench) -> dict[str, Any]:
     """128 requests of 16-512 tokens, 128 tokens out, all at once."""
-    ours = min(engine.run(BATCH)[0] for _ in range(3))
-    tokens = sum(m for _, m in BATCH)
-    result: dict[str, Any] = {"flover_tokens_per_s": round(tokens / ours), "transformers": seconds}
+    bench.close()
+    seconds = run_transformers(bench.name)
+    engine = bench.engine()
+    lengths = [(bench.small(n), bench.small(m, 2)) for n, m in BATCH]
+    ours = min(engine.run(lengths)[0] for _ in range(3))
+    tokens, limit = sum(m for _, m in lengths), engine.bound.trace(lengths)
+    result: dict[str, Any] = {
+        "flover_tokens_per_s": round(tokens / ours),
+        "bound_tokens_per_s": round(tokens / limit),
+        "share_of_bound": round(limit / ours, 3),
+        "transformers": seconds,
+    }
     if isinstance(seconds, float):
         result |= {"transformers": round(tokens / seconds), "times_as_fast": round(seconds / ours, 1)}
     print("transformers", result, flush=True)
     return result
 
 
-def environment() -> dict[str, Any]:
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+def parts(bench: Bench, batches: Sequence[int], count: int) -> dict[str, Callable[[], Any]]:
+    """Each part by its name, in an order that starts few engines."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "flover": flover.__version__,
-        "commit": commit or None,
-        "command": " ".join(["python", *sys.argv]),
+        "decode": lambda: decode(bench, batches),
+        "prefill": lambda: prefill(bench, [(1, 1000), (8, 1000)]),
+        "fusion": lambda: fusion(bench),
+        "anatomy": lambda: anatomy(bench, [b for b in (1, 32, 128) if b <= max(batches)]),
+        "offline": lambda: offline(bench),
+        "paper": lambda: paper(bench, (0.0, 0.02, 0.1, 0.5)),
+        "poisson": lambda: poisson(bench, (4, 16, 32)),
+        "transformers": lambda: against_transformers(bench),
+        "context": lambda: context(bench, [b for b in (1, 32) if b <= max(batches)], (512, 2000)),
+        "invariant": lambda: invariant(bench, [b for b in (1, 32, 128) if b <= max(batches)]),
+        "modes": lambda: modes(bench),
+        "saturated": lambda: saturated(bench, count),
     }
 
 
-def main() -> None:
+PARTS = tuple(parts(None, (), 0))  # type: ignore[arg-type]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama3-8b")
     parser.add_argument("--only", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--batches", default="1,8,16,32,64,128,256")
+    parser.add_argument("--saturated", type=int, default=256, help="requests of the part of that name")
+    parser.add_argument("--quantization", help="of EngineConfig, for every part")
+    parser.add_argument("--kv-cache-dtype", help="of EngineConfig, for every part")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--scale", type=int, default=1, help="divide lengths and counts by it: only to see parts run")
     parser.add_argument("--transformers-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_MODEL.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.only, args.batches = args.only.split(","), [int(b) for b in args.batches.split(",")]
+    if unknown := set(args.only) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    options = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
+    args.given = {name: value for name, value in options.items() if value is not None}
+    if missing := set(args.given) - {f.name for f in fields(EngineConfig)}:
+        parser.error(f"this version of flover has no {', '.join(sorted(missing))}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     if args.transformers_process:
         return transformers_process(args.model)
-    wanted = args.only.split(",")
-    if unknown := set(wanted) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
-    batches = [int(b) for b in args.batches.split(",")]
-    output = args.output or RESULTS / f"gpu_{args.model}.json"
-    bandwidth, flops = measured_limits()
+    name = "_".join(["gpu", args.model, *args.given.values()])
+    output = args.output or RESULTS / f"{name}.json"
+    usual = torch.bfloat16 if args.device == "cuda" else torch.float32
+    limits: Limits = measured_limits(args.device, PRODUCTS.get(args.quantization, usual))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
-        "environment": environment(),
-        "measured_TB_per_s": round(bandwidth / 1e12, 3),
-        "measured_TFLOP_per_s": round(flops / 1e12, 1),
+        "environment": {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **environment(args.device),
+            "commit": commit or None,
+            "command": " ".join(["python", *sys.argv]),
+        },
+        "measured_TB_per_s": round(limits.bandwidth / 1e12, 3),
+        "measured_TFLOP_per_s": round(limits.flops / 1e12, 1),
+        "model": args.model,
     }
     print(json.dumps(result, indent=1))
-    gc.collect()
-    torch.cuda.empty_cache()
-    theirs: float | str = "not run"
-    if "transformers" in wanted:  # before the engine takes the memory
-        command = [sys.executable, __file__, "--model", args.model, "--transformers-process"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        theirs = float(done.stdout.split()[-1]) if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
     with tempfile.TemporaryDirectory(prefix="flover-bench-") as temporary:
-        length = min(2048, MODELS[args.model].get("n_positions", MODELS[args.model].get("max_position_embeddings")))
-        engine = Engine(
-            args.model, Path(temporary), max_model_len=length, max_num_seqs=256, max_num_batched_tokens=8192
-        )
-        bound = Bound(engine, bandwidth, flops)
-        result |= {"model": args.model, "start_up_s": round(engine.start_up, 1), "parameters_read": bound.parameters}
-        parts = {
-            "decode": lambda: decode(engine, bound, batches),
-            "prefill": lambda: prefill(engine, bound, [(1, 1000), (8, 1000)]),
-            "offline": lambda: offline(engine),
-            "paper": lambda: paper(engine, (0.0, 0.02, 0.1, 0.5)),
-            "anatomy": lambda: [anatomy(engine, b) for b in (1, 32, 128)],
-            "transformers": lambda: against_transformers(engine, theirs),
-        }
-        for part in wanted:
-            result[part] = parts[part]()
+        bench = Bench(args.model, Path(temporary), limits, {"device": args.device, **args.given}, args.scale)
+        engine = bench.engine()
+        bound = engine.bound
+        result |= {"start_up_s": round(engine.start_up, 1), "parameters_read": bound.parameters}
+        result |= {"weight_bytes": bound.weight_bytes, "kv_bytes_per_token": sum(bound.kv_bytes)}
+        del engine
+        todo = parts(bench, args.batches, args.saturated)
+        for part in args.only:
+            result[part] = todo[part]()
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(result, indent=1) + "\n")
-        engine.core.shutdown()
+        bench.close()
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reorder": ("off", "move", "indirect"),
     "policy": ("fused", "serial", "static"),
     "order": ("fcfs", "priority", "shortest"),
-    "prefill_mode": ("mixed", "separate"),
+    "prefill_mode": ("mixed", "separate", "overlap"),
     "device": ("auto", "cpu", "cuda"),
     "generation_config": ("auto", "none"),
     "load_format": ("auto", "dummy"),
@@ -182,10 +182,12 @@ class EngineConfig:
         kv_layout: "paged" (blocks, prefix reuse) or "slab" (the paper's contiguous buffer).
         reorder: slab only: "off" (dead rows compute until an edge frees), "move" (compaction), "indirect" (no copies).
         num_kv_blocks: paged cache size in blocks of block_size; kv_cache_memory_bytes: in bytes. Give at most one.
+        gpu_memory_utilization: share of the memory free on the GPU that weights, steps and cache may take together.
         batch_invariant: every logit bit-equal alone and fused, at the price of padding.
         seed: of requests that bring none.
         policy: "fused", or "serial" and "static" for comparison. order: who is admitted first.
-        prefill_mode: "mixed" (prefill chunks share a step with decode) or "separate" (they alternate).
+        prefill_mode: "mixed" (prefill chunks share a step with decode), "separate" (they alternate) or "overlap" (as
+            mixed, but on a GPU the prefill of a step runs on a stream of its own, beside its decode).
         overlap_depth: plans made ahead of the result in flight (0 or 1).
         generation_config: "auto" applies the checkpoint's sampling defaults, "none" does not.
         debug_poison: fill freed KV with NaN, so that a stale read cannot pass.
@@ -204,6 +206,7 @@ class EngineConfig:
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     batch_invariant: bool = False
     seed: int = 0
@@ -237,6 +240,9 @@ class EngineConfig:
         for name, limit in LIMITS.items():
             if (getattr(self, name) or 0) > limit:
                 raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {share!r}")
         if self.overlap_depth > 1:
             raise ValueError(f"overlap_depth must be 0 or 1, got {self.overlap_depth}")
         if self.seed >= 2**64:
@@ -287,6 +293,20 @@ class Setting(NamedTuple):
     reason: str = ""
 
 
+class MemoryPlan(NamedTuple):
+    """Bytes on the device: free at start, for weights, for the largest step (activations, graphs), for the KV cache."""
+
+    free: int
+    weights: int
+    step: int
+    kv: int
+
+    def __str__(self) -> str:
+        left = human(self.free - self.weights - self.step - self.kv)
+        parts = f"weights {human(self.weights)}, largest step {human(self.step)}, KV cache {human(self.kv)}"
+        return f"{human(self.free)} free: {parts}, {left} left"
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
     """The effective settings; made once by `resolve`, never changed."""
@@ -295,13 +315,14 @@ class ResolvedConfig:
     model: ModelConfig
     scheduler: SchedulerConfig
     kv: KVConfig
+    memory: MemoryPlan
     settings: tuple[Setting, ...]
 
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 CPU_KV_BYTES = 4 << 30  # reserved address range at most; pages are taken as they are written
-MEMORY_SHARE = 0.9  # of what is free after the weights
+CPU_MEMORY_SHARE = 0.9  # of what is free
 
 
 def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
@@ -314,11 +335,13 @@ def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> st
     return dtype
 
 
-def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weights: int = 0) -> ResolvedConfig:
+def resolve(
+    config: EngineConfig, model: ModelConfig, hardware: Hardware, weights: int = 0, step: int = 0
+) -> ResolvedConfig:
     """Decide every open setting, once.
 
     Args:
-        weights: bytes that the weights will take on the device.
+        weights: bytes that the weights will take on the device. step: that the largest step will, beside the cache.
 
     Raises:
         ValueError: a model or cache that cannot fit, saying by how much and what would.
@@ -337,11 +360,14 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
     why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")
     seqs = decide("max_num_seqs", DEFAULT_MAX_NUM_SEQS, "default", "")
     token_bytes = model.kv_elements_per_token * DTYPE_BYTES[dtype]
-    free = int(hardware.free_bytes * MEMORY_SHARE) - weights
+    share = CPU_MEMORY_SHARE if device == "cpu" else config.gpu_memory_utilization
+    free = int(hardware.free_bytes * share) - weights - step
     if free <= 0:
+        steps = f" and a step {human(step)}" if step else ""
+        smaller = "a smaller max_num_batched_tokens, max_num_seqs, dtype" if step else "a smaller dtype"
         raise ValueError(
-            f"the weights take {human(weights)} but only {human(hardware.free_bytes)} is free on {device}; "
-            "a smaller dtype or model would fit"
+            f"the weights take {human(weights)}{steps} but only {human(hardware.free_bytes)} is free on {device}, of "
+            f"which {share:.0%} may be taken; {smaller} or model would fit"
         )
     length = config.max_model_len or model.max_position_embeddings
     _check_length(config, model, length)
@@ -394,6 +420,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
         model,
         SchedulerConfig(seqs, tokens, length, config.policy, config.order, config.prefill_mode, config.record_timeline),
         KVConfig(config.kv_layout, config.reorder, block, blocks, token_bytes, prefix, config.debug_poison),
+        MemoryPlan(hardware.free_bytes, weights, step, needed),
         settings,
     )
 

@@ -145,3 +145,30 @@ def test_slots_are_used_again_without_end(echo: Path) -> None:
     prefix_equal(run(echo_core(echo, policy="serial"), jobs), actual, jobs)
     assert max(reserved) > 2 * min(reserved)
     assert core.scheduler.kv.tokens_moved > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_out_of_memory_is_tried_again_in_smaller_steps(echo: Path, depth: int) -> None:
+    """Nobody loses a token, and the steps are as small as it takes; what no step can serve ends with the error."""
+    jobs = [Job(list(range(i, i + 80)), 6) for i in range(8)]
+    expected = run(echo_core(echo), jobs)
+    core = echo_core(echo, overlap_depth=depth, max_num_batched_tokens=1000, max_num_seqs=8, num_kv_blocks=200)
+    runner: Any = core._executor._runner  # type: ignore[attr-defined]
+    execute, limit = runner.execute, 75
+    sizes: list[int] = []
+
+    def limited(plan: Any) -> Any:
+        sizes.append(int(plan.scheduled().sum()))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return execute(plan)
+
+    runner.execute = limited
+    actual = run(core, jobs)
+    assert actual.tokens == expected.tokens
+    assert set(actual.reasons.values()) == {"length"}
+    assert len([size for size in sizes if size > limit]) == 4  # 640, 320, 160, 80
+    limit = 0
+    failed = run(core, jobs[:1])
+    assert set(failed.reasons.values()) == {"error"}
+    core.scheduler.kv.check()

@@ -32,7 +32,7 @@ options = st.fixed_dictionaries(
         "overlap_depth": st.sampled_from([0, 1]),
         "policy": st.sampled_from(["fused", "fused", "fused", "static", "serial"]),
         "order": st.sampled_from(["fcfs", "priority", "shortest"]),
-        "prefill_mode": st.sampled_from(["mixed", "separate"]),
+        "prefill_mode": st.sampled_from(["mixed", "separate", "overlap"]),
         "max_num_batched_tokens": st.sampled_from([1, 7, 32, 2048]),
         "max_num_seqs": st.sampled_from([2, 5, 9]),
     }

@@ -79,6 +79,8 @@ def test_every_family(name: str, tmp_path: Path) -> None:
         {"kv_layout": "slab", "reorder": "off", "max_model_len": 64},
         {"policy": "static"},
         {"prefill_mode": "separate", "enable_prefix_caching": False},
+        {"prefill_mode": "overlap", "max_num_batched_tokens": 16},
+        {"prefill_mode": "overlap", "kv_layout": "slab", "reorder": "move", "max_model_len": 64},
         {"debug_poison": True, "max_num_batched_tokens": 16},
     ],
     ids=str,

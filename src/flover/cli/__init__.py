@@ -1,4 +1,4 @@
-"""The command line: `flover generate | chat | plan | doctor`.
+"""The command line: `flover generate | chat | plan | profile | doctor`.
 
 Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
 by commands that need it.
@@ -77,6 +77,23 @@ def plan(*, engine: dict[str, Any]) -> int:
     from flover.cli.plan import run_plan
 
     return run_plan(engine)
+
+
+@app.command()
+@with_options(engine=EngineConfig)
+def profile(
+    *,
+    batch: Annotated[str, typer.Option(help="rows that decode together, one or several: 1,32")] = "1,32",
+    context: Annotated[int, typer.Option(help="tokens of each prompt")] = 128,
+    steps: Annotated[int, typer.Option(help="decode steps to time, and as many to record")] = 20,
+    prefill: Annotated[int | None, typer.Option(help="also profile a prompt of that many tokens")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON of everything")] = None,
+    engine: dict[str, Any],
+) -> int:
+    """Where a model's steps spend their time, kernel by kernel, beside what the machine could do."""
+    from flover.cli.profile import run_profile
+
+    return run_profile(batch, context, steps, prefill, output, engine)
 
 
 @app.command()

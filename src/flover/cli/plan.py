@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flover.config import DTYPE_BYTES, EngineConfig, ResolvedConfig, effective_dtype, human, resolve
-from flover.engine.engine import survey
+from flover.config import DTYPE_BYTES, EngineConfig, ResolvedConfig, effective_dtype, human
+from flover.engine.engine import settle, survey
 
 LENGTHS = tuple(1 << n for n in range(7, 21))
 
@@ -33,8 +33,10 @@ def run_plan(options: Mapping[str, Any]) -> int:
     table.add_row("KV per token", f"{human(token_bytes)} ({token_bytes} bytes)")
     table.add_row("free", f"{human(hardware.free_bytes)} on {hardware.device}")
     console.print(table)
-    resolved = resolve(config, model, hardware, weights)
-    _print_capacity(console, resolved, hardware.free_bytes - weights)
+    resolved = settle(config, folder, model, hardware, weights)
+    if resolved.memory.step:
+        console.print(f"largest step   {human(resolved.memory.step)}, measured")
+    _print_capacity(console, resolved, hardware.free_bytes - weights - resolved.memory.step)
     return 0
 
 

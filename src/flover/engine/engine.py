@@ -81,15 +81,21 @@ def make_layout(kv: KVConfig) -> KVLayout:
     return PagedLayout(kv.num_blocks, kv.block_size, enable_prefix_caching=kv.prefix_caching)
 
 
-def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> Executor:
-    """The runner that fits backend and device, where it should run."""
+def _on_triton(config: ResolvedConfig) -> bool:
     device, dtype = torch.device(config.engine.device), getattr(torch, config.engine.dtype)
     only = getattr(model_class(config.model.architecture), "BACKEND", None)  # EchoModel has no kernels
-    if (only or backend_for(device, dtype, config.model.head_dim)) == "triton":
-        with times.phase("imports"):
-            from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
+    return (only or backend_for(device, dtype, config.model.head_dim)) == "triton"
 
-        return InlineExecutor(GpuRunner(config, folder, times))
+
+def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> Executor:
+    """The runner that fits backend and device, where it should run."""
+    if _on_triton(config):
+        from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
+
+        runner = GpuRunner(config, folder, times)
+        with times.phase("graphs"):
+            runner.warm_up()
+        return InlineExecutor(runner)
     return ThreadExecutor(partial(ModelRunner, config, folder, times=times))
 
 
@@ -115,6 +121,28 @@ def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Pat
         return folder, model, hardware, weight_bytes(folder, model, dtype)
 
 
+def settle(
+    config: EngineConfig,
+    folder: Path,
+    model: ModelConfig,
+    hardware: Hardware,
+    weights: int,
+    times: StartupTimes | None = None,
+) -> ResolvedConfig:
+    """`resolve` with what `survey` found; on a GPU also with the memory of the largest step, which is measured."""
+    times = times or StartupTimes()
+    with times.phase("config"):
+        resolved = resolve(config, model, hardware, weights)  # refuses what cannot fit before anything is allocated
+    if _on_triton(resolved):
+        with times.phase("imports"):
+            from flover.engine.step_memory import measure_step_bytes  # and triton
+
+        with times.phase("largest step"):
+            step_bytes = measure_step_bytes(resolved, folder, hardware)
+        resolved = resolve(config, model, hardware, weights, step_bytes)
+    return resolved
+
+
 class EngineCore:
     """Requests in, tokens out. Not thread-safe: one caller drives `step`.
 
@@ -131,7 +159,8 @@ class EngineCore:
             torch.set_num_threads(config.num_threads)
         self.startup_times = StartupTimes(IMPORTS)
         self.folder, model, hardware, weights = survey(config, self.startup_times)
-        self.resolved: ResolvedConfig = resolve(config, model, hardware, weights)
+        self.resolved: ResolvedConfig = settle(config, self.folder, model, hardware, weights, self.startup_times)
+        logger.info("memory: %s", self.resolved.memory)
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
         self._executor = executor or make_executor(self.resolved, self.folder, self.startup_times)
@@ -172,12 +201,17 @@ class EngineCore:
         return self.scheduler.update(step, result)
 
     def _recover(self, failed: Step, error: Exception) -> StepOutput:
-        """A step failed: its requests end with the error, later plans are void, everyone else is recomputed."""
-        logger.error("step %d failed: %s: %s", failed.plan.step, type(error).__name__, error)
+        """A step failed: its requests end with the error, later plans are void, everyone else is recomputed.
+
+        Out of memory, all are recomputed, in smaller steps.
+        """
         while self._in_flight:
             _, future = self._in_flight.popleft()
             future.exception()
         self._executor.reset()
+        if isinstance(error, torch.OutOfMemoryError) and self.scheduler.take_smaller_steps(failed):
+            return StepOutput(stats=failed.stats)
+        logger.error("step %d failed: %s: %s", failed.plan.step, type(error).__name__, error)
         self.scheduler.rewind(failed, f"the step failed on the device: {type(error).__name__}: {error}")
         return StepOutput(finished=self.scheduler.drain_finished(), stats=failed.stats)
 

@@ -1,9 +1,9 @@
-"""The runner on a GPU: one staging copy a step, CUDA graphs for decode, results read back while later steps run.
+"""The runner on a GPU: one staging copy a step, CUDA graphs, results read back while later steps run.
 
-`execute` only enqueues. A step whose rows take one token each runs as two graphs, up to the logits and sampling, of the
-smallest bucket that holds it; rows that pad it read nothing, store nothing and draw into the sampler's scratch row. Any
-other step (a prefill chunk, log-probabilities, penalties) runs kernel by kernel. Row state has its truth on the host,
-which knows it exactly; the block table and the tokens drawn last live on the device.
+`execute` only enqueues. A step runs as two graphs, up to the logits and sampling (`cuda_graph`), but a long prefill, or
+one whose prompt is scored, kernel by kernel. Row state has its truth on the host, which knows it exactly; the block
+table and the tokens drawn last live on the device. In prefill mode "overlap" a step's prefill has a lane of its own;
+the step is sampled when both have ended.
 """
 
 from __future__ import annotations
@@ -14,20 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flover.config import ResolvedConfig
 from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
-from flover.engine.runner import Batch, ModelRunner
-from flover.engine.staging import Staging, sections
-from flover.kernels.triton.attention import DeviceMetadata, invariant_tiles, prefill_tiles
-from flover.kernels.triton.inputs import edit_tables, token_inputs
-from flover.layers.attention import ForwardContext
+from flover.engine.lane import RING, Lane
+from flover.engine.runner import Batch, Mask, ModelRunner
 from flover.layers.sampler import SamplerOutput
 from flover.startup import StartupTimes
-
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-RING = 3  # overlap depth 1: a step in flight, one being submitted, and one whose buffers are still read
 
 
 class Pending:
@@ -46,149 +39,90 @@ class GpuRunner(ModelRunner):
 
     def __init__(self, config: ResolvedConfig, folder: Path, times: StartupTimes | None = None) -> None:
         super().__init__(config, folder, "triton", times)
-        rows, blocks = self.tables.shape
-        tokens = config.scheduler.max_num_batched_tokens + 2 * rows + 8  # a bucket may be larger than the batch
-        self.max_rows = rows
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.max_rows, blocks = self.tables.shape
+        self.block_table = torch.zeros(self.max_rows, blocks, dtype=torch.int32, device=self.device)
+        sizes = config.scheduler.max_num_batched_tokens, config.model.vocab_size, getattr(torch, config.engine.dtype)
+        self._lane = Lane(self, *sizes)
+        self._side = Lane(self, *sizes) if config.scheduler.prefill_mode == "overlap" else None
         self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.block_table = torch.zeros(rows, blocks, dtype=torch.int32, device=self.device)
-        self.staging = Staging(9 * tokens + rows * (blocks + 8), RING, rows, self.device)
-        self._tokens = torch.empty(2, tokens, dtype=torch.int64, device=self.device)  # input ids, slots
-        self._results = [torch.empty(tokens, dtype=torch.int64, pin_memory=True) for _ in range(RING)]
+        self._results = [torch.empty(self._lane.max_tokens, dtype=torch.int64, pin_memory=True) for _ in range(RING)]
         self._events = [torch.cuda.Event() for _ in range(RING)]  # type: ignore[no-untyped-call]
         self._turn = 0
-        self.graphs = DecodeGraphs(self)
         torch.cuda.current_stream().synchronize()  # the weights are there before another stream reads them
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile kernels and capture graphs ahead of the first request, for a few seconds at most."""
+        with torch.cuda.stream(self._lane.stream):
+            self._lane.graphs.warm_up()
+
+    @torch.inference_mode()
+    def capture_largest(self) -> None:
+        """The graphs that take the most memory."""
+        for lane in (self._lane, self._side):
+            if lane is not None:
+                with torch.cuda.stream(lane.stream):
+                    lane.graphs.capture_largest()
+
+    def reset(self) -> None:
+        """As `ModelRunner.reset`; memory that PyTorch holds without using it goes back, should it have run out."""
+        super().reset()
+        torch.cuda.empty_cache()
+
+    @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult | Pending:  # type: ignore[override]
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self._lane.stream):
             self._apply(plan)
             batch = self._batch(plan)
             if batch is None:
                 return self.empty_result()
-            bucket = next((b for b in BUCKETS if b >= len(batch.rows)), None)
-            if batch.counts.max() == 1 and bucket is not None and not plan.scored:
-                return self._decode(batch, bucket)
-            return self._eager(plan, batch)
+            edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
+            self.edited.clear()
+            alone = batch.counts == 1
+            if plan.scored:
+                return self._scored(plan, batch, edits)
+            if self._side is not None and alone.any() and not alone.all():
+                return self._overlapped(self._side, batch, alone, edits)
+            staged = self._lane.stage(batch, edits)
+            if staged.captured:
+                self._lane.compute(staged)
+                output = self._lane.sample(staged)
+            else:
+                output = self.sampler.sample(*self._lane.logits(staged.shape))
+            return self._read_back(output, staged.entries[batch.samples], ())
 
-    def _decode(self, batch: Batch, bucket: int) -> Pending:
-        """One token a row: the graphs of a bucket."""
-        order = np.arange(len(batch.rows))
-        _, tiles = self._tiles(batch, order, len(order))
-        self._send(batch, order, self.decode_places(bucket), tiles, every_row=True)
-        self.graphs.forward(bucket)
-        return self._read_back(self.graphs.sample(bucket), np.nonzero(batch.samples)[0], ())
-
-    def _eager(self, plan: BatchPlan, batch: Batch) -> StepResult | Pending:
-        """Entries of one token first, then prefill tiles."""
-        alone = batch.counts == 1
-        order = np.concatenate([np.nonzero(alone)[0], np.nonzero(~alone)[0]])
-        num_decode = int(alone.sum())
-        counts = batch.counts[order]
-        num_decode, tiles = self._tiles(batch, order, num_decode)
-        places = sections(int(counts.sum()), len(order), len(tiles[0]))
-        begins = self._send(batch, order, places, tiles)
-        hidden = self.model.forward(*self.step_inputs(places, num_decode))
-        first = dict(zip(batch.rows.tolist(), begins.tolist()))
+    def _scored(self, plan: BatchPlan, batch: Batch, edits: list[tuple[int, int, IntArray]]) -> StepResult | Pending:
+        """A step whose prompts are scored needs all its hidden states, so it runs kernel by kernel."""
+        staged = self._lane.stage(batch, edits, capture=False)
+        hidden = self._lane.hidden(staged.shape)
+        first = dict(zip(batch.rows.tolist(), staged.begins.tolist()))
         scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
-        num_samples = int(batch.samples.sum())
-        if not num_samples:
-            return self.empty_result()._replace(prompt_scores=scores)
-        views = self.views(places)
-        logits = self.model.compute_logits(hidden[views["sample_index"][:num_samples]])
-        output = self.sampler.sample(logits, views["sample_rows"][:num_samples].long())
-        return self._read_back(output, slice(0, num_samples), scores)
+        output = self.sampler.sample(*self._lane.logits(staged.shape, hidden))
+        return self._read_back(output, staged.entries[batch.samples], scores)
 
-    def _tiles(self, batch: Batch, order: IntArray, num_decode: int) -> tuple[int, tuple[Any, Any]]:
-        """Entries that the decode kernel takes, and the query tiles of the others; batch-invariant: all in tiles."""
-        counts = batch.counts[order]
-        if self.batch_invariant:
-            return 0, invariant_tiles(counts, (batch.start + batch.counts)[order])
-        return num_decode, prefill_tiles(counts[num_decode:], num_decode)
-
-    # ---- what goes in ------------------------------------------------------------------------------------------------
-
-    def _send(
-        self,
-        batch: Batch,
-        order: IntArray,
-        places: dict[str, slice],
-        tiles: tuple[Any, Any] = ((), ()),
-        every_row: bool = False,
-    ) -> IntArray:
-        """Stage a step, tokens of its entries in `order`; -> where each entry of the batch begins.
-
-        every_row: logits exist for every entry, in order; those that do not sample draw into the scratch row.
-        """
-        counts = batch.counts[order]
-        ends = np.cumsum(counts)
-        begins = np.empty_like(ends)
-        begins[order] = ends - counts
-        entry = np.repeat(order, counts)  # [num_tokens]
-        offset = np.arange(len(entry)) - np.repeat(ends - counts, counts)
-        ids = np.full(len(entry), -1, dtype=np.int32)
-        known = batch.in_prefill[entry]
-        given = batch.counts * batch.in_prefill
-        ids[known] = batch.prefill_ids[((np.cumsum(given) - given)[entry] + offset)[known]]
-        rows = batch.rows[order]
-        sampled = np.nonzero(batch.samples)[0]
-        sample_rows = np.where(batch.samples, batch.rows, self.max_rows) if every_row else batch.rows[sampled]
-        parts = {
-            "ids": ids,
-            "positions": batch.start[entry] + offset,
-            "token_rows": np.where(batch.frozen[entry], -1, batch.rows[entry]),
-            "prompt_lens": self.prompt[batch.rows[entry]],
-            "entry_rows": rows,
-            "seq_lens": (batch.start + batch.counts)[order],
-            "sample_index": (begins + batch.counts - 1)[sampled],
-            "sample_rows": sample_rows,
-            "query_start": np.concatenate([[0], ends]),
-            "tile_entry": tiles[0],
-            "tile_start": tiles[1],
-        }
-        edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
-        self.edited.clear()
-        sent = self.staging.send(parts, places, edits)
-        if edits:
-            edit_tables(sent, len(edits), self.block_table)
-        return begins
-
-    def decode_places(self, bucket: int) -> dict[str, slice]:
-        """Where the parts of a decode step lie: one token an entry; batch-invariant: a tile of its own too."""
-        return sections(bucket, bucket, bucket if self.batch_invariant else 0)
-
-    def views(self, places: dict[str, slice]) -> dict[str, Tensor]:
-        return {name: self.staging.device_buffer[place] for name, place in places.items()}
-
-    def step_inputs(self, places: dict[str, slice], num_decode: int) -> tuple[Tensor, Tensor, ForwardContext]:
-        """Launch the kernel that completes the tokens of a staged step; -> what the model's forward takes."""
-        v = self.views(places)
-        n, size = len(v["ids"]), self.kv_config.block_size
-        input_ids, slots = self._tokens[:, :n]
-        token_inputs(
-            v["ids"],
-            v["positions"],
-            v["token_rows"],
-            self.sampler.last_token,
-            self.block_table,
-            size,
-            input_ids,
-            slots,
-        )
-        meta = DeviceMetadata(
-            block_table=self.block_table,
-            rows=v["entry_rows"],
-            seq_lens=v["seq_lens"],
-            query_start=v["query_start"],
-            num_decode=num_decode,
-            tile_entry=v["tile_entry"] if len(v["tile_entry"]) else None,
-            tile_start=v["tile_start"] if len(v["tile_entry"]) else None,
-            block_size=size,
-            contiguous=self.kv_config.layout == "slab",
-        )
-        ctx = ForwardContext(self.storage.k, self.storage.v, slots, v["prompt_lens"], meta, self.batch_invariant)
-        return input_ids, v["positions"], ctx
+    def _overlapped(
+        self, side: Lane, batch: Batch, alone: Mask, edits: list[tuple[int, int, IntArray]]
+    ) -> StepResult | Pending:
+        """Decode and prefill at once, each on its lane; then both are sampled."""
+        lane, where = self._lane, np.empty_like(batch.rows)
+        first = lane.stage(batch.part(alone), edits)
+        side.stream.wait_stream(lane.stream)  # for what the prefill reads: tables, copied blocks
+        if first.captured:
+            lane.compute(first)
+        with torch.cuda.stream(side.stream):
+            second = side.stage(batch.part(~alone), [])
+            if second.captured:
+                side.compute(second)
+            else:
+                logits = side.logits(second.shape)
+        late = None if first.captured else lane.logits(first.shape)
+        lane.stream.wait_stream(side.stream)
+        outputs = [
+            lane.sample(first) if late is None else self.sampler.sample(*late),
+            side.sample(second) if second.captured else self.sampler.sample(*logits),
+        ]
+        where[alone], where[~alone] = first.entries, second.entries + len(outputs[0].token_ids)
+        return self._read_back(_together(*outputs), where[batch.samples], ())
 
     # ---- what comes out ----------------------------------------------------------------------------------------------
 
@@ -202,7 +136,7 @@ class GpuRunner(ModelRunner):
         drawn = torch.where(output.finite, output.token_ids, -1)  # its own memory: the graph's is overwritten
         host, event = self._results[turn][: len(drawn)], self._events[turn]
         logprobs = None
-        self._copy_stream.wait_stream(self.stream)
+        self._copy_stream.wait_stream(self._lane.stream)
         with torch.cuda.stream(self._copy_stream):
             host.copy_(drawn, non_blocking=True)
             drawn.record_stream(self._copy_stream)
@@ -222,55 +156,8 @@ class GpuRunner(ModelRunner):
         return Pending(event, read)
 
 
-class DecodeGraph:
-    """A bucket's forward graph and its logits."""
-
-    def __init__(self, forward: torch.cuda.CUDAGraph, logits: Tensor, rows: Tensor) -> None:
-        self.forward, self.logits, self.rows = forward, logits, rows
-        self.sampling: dict[tuple[bool, ...], tuple[torch.cuda.CUDAGraph, SamplerOutput]] = {}
-
-
-class DecodeGraphs:
-    """Captured when first needed, in one memory pool; the sampling graph of a bucket once per kind of sampling."""
-
-    def __init__(self, runner: GpuRunner) -> None:
-        self._runner = runner
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, DecodeGraph] = {}
-
-    def forward(self, bucket: int) -> None:
-        """Run the step that is staged: kernel by kernel the first time, which compiles them, then as a graph."""
-        runner = self._runner
-        if bucket in self._graphs:
-            self._graphs[bucket].forward.replay()
-            return
-        places = runner.decode_places(bucket)
-
-        def run() -> tuple[Tensor, Tensor]:
-            hidden = runner.model.forward(*runner.step_inputs(places, 0 if runner.batch_invariant else bucket))
-            return runner.model.compute_logits(hidden), runner.views(places)["sample_rows"].long()
-
-        run()
-        graph, (logits, rows) = self._record(run)
-        graph.replay()  # the same tokens to the same slots once more
-        self._graphs[bucket] = DecodeGraph(graph, logits, rows)
-
-    def sample(self, bucket: int) -> SamplerOutput:
-        """Sampling of a bucket's logits; what few requests need (penalties, log-probabilities) runs uncaptured."""
-        graph, sampler = self._graphs[bucket], self._runner.sampler
-        kind = sampler.graph_key
-        if kind is None:
-            return sampler.sample(graph.logits, graph.rows)
-        if kind not in graph.sampling:
-            output = sampler.sample(graph.logits, graph.rows)  # this step's, and it compiles what is recorded next
-            graph.sampling[kind] = self._record(lambda: sampler.sample(graph.logits, graph.rows))
-            return output
-        captured, output = graph.sampling[kind]
-        captured.replay()
-        return output
-
-    def _record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._runner.stream, capture_error_mode="thread_local"):
-            output = function()
-        return graph, output
+def _together(a: SamplerOutput, b: SamplerOutput) -> SamplerOutput:
+    logprobs: Any = None
+    if a.logprobs is not None and b.logprobs is not None:
+        logprobs = tuple(torch.cat(pair) for pair in zip(a.logprobs, b.logprobs))
+    return SamplerOutput(torch.cat((a.token_ids, b.token_ids)), torch.cat((a.finite, b.finite)), logprobs)

@@ -41,6 +41,12 @@ class Batch(NamedTuple):
     samples: Mask  # it has all its tokens after this step
     prefill_ids: npt.NDArray[np.int32]
 
+    def part(self, chosen: Mask) -> Batch:
+        """Some of the rows."""
+        ids = self.prefill_ids[np.repeat(chosen[self.in_prefill], self.counts[self.in_prefill])]
+        rows = self.rows[chosen], self.counts[chosen], self.start[chosen]
+        return Batch(*rows, self.frozen[chosen], self.in_prefill[chosen], self.samples[chosen], ids)
+
 
 class ModelRunner:
     """One device's model, KV cache and row state.

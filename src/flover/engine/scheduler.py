@@ -10,6 +10,7 @@ what such a row held is reused only by plans made after that became known.
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -23,6 +24,9 @@ from flover.engine.step import Step, StepOutput, record_rows, take_in
 from flover.kv.protocol import Grant, KVLayout
 from flover.metrics import StepStats
 from flover.request import FinishReason, Request, RequestStatus
+
+MIN_BUDGET = 64  # tokens; a step of fewer that does not fit will not fit at all
+logger = logging.getLogger("flover")
 
 Table = tuple[Request, int, list[int]]  # (who, first entry, block ids)
 
@@ -68,6 +72,7 @@ class Scheduler:
         self._steps = 0
         self._disturbed = 0  # steps before this one may hold rows that have ended or been preempted since
         self._last_was_prefill = False
+        self._token_budget = config.max_num_batched_tokens
 
     # ---- the caller's side -------------------------------------------------------------------------------------------
 
@@ -230,8 +235,8 @@ class Scheduler:
         self.kv.leave(request.key, bad)
 
     def _is_prefill_step(self, under_way: IntArray) -> bool:
-        """Mixed: always. Separate: prefill and decode alternate while there is work for both."""
-        if self.config.prefill_mode == "mixed":
+        """Mixed, overlap: always. Separate: prefill and decode alternate while there is work for both."""
+        if self.config.prefill_mode != "separate":
             return True
         decoding = under_way.size < np.count_nonzero(self.table.dead == 0)
         if decoding and self._last_was_prefill:
@@ -243,7 +248,7 @@ class Scheduler:
 
     def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> npt.NDArray[np.int32]:
         """Tokens per row: its prefill chunk; one if it decodes or is frozen, unless this step is for prefill alone."""
-        decode = self.config.prefill_mode == "mixed" or not chunks
+        decode = self.config.prefill_mode != "separate" or not chunks
         scheduled = np.full(len(self.table), decode, dtype=np.int32)
         if under_way.size:
             scheduled[under_way] = 0
@@ -255,8 +260,8 @@ class Scheduler:
         self, under_way: IntArray, tables: list[Table], moves: list[tuple[int, int, int]]
     ) -> tuple[dict[int, int], list[RowJoin]]:
         """Prefill chunks (row -> tokens) within the budget: rows under way first, then everyone who fits joins."""
-        budget = self.config.max_num_batched_tokens
-        if self.config.prefill_mode == "mixed":
+        budget = self._token_budget
+        if self.config.prefill_mode != "separate":
             budget -= len(self.table) - under_way.size
         budget = max(budget, min(self.kv.block_size, 16))
         chunks: dict[int, int] = {}
@@ -436,14 +441,24 @@ class Scheduler:
 
     # ---- failure -----------------------------------------------------------------------------------------------------
 
-    def rewind(self, failed: Step, message: str) -> None:
+    def take_smaller_steps(self, failed: Step) -> bool:
+        """A step was too large for the device's memory: halve the token budget and start over; False: it is no use."""
+        tokens = failed.stats.num_prefill_tokens
+        if tokens <= MIN_BUDGET:
+            return False
+        self._token_budget = max(min(tokens, self._token_budget) // 2, MIN_BUDGET)
+        logger.warning("a step of %d prompt tokens ran out of memory; now at most %d", tokens, self._token_budget)
+        self.rewind(failed, None)
+        return True
+
+    def rewind(self, failed: Step, message: str | None) -> None:
         """A step failed on the device, and the plans after it were cancelled: go back to what is confirmed.
 
-        Requests that the failed step computed end with an error; the others lose their cached tokens and are queued
-        again (recomputed to the same tokens). The device forgets all rows.
+        Requests that the failed step computed end with an error `message`, if there is one; the others lose their
+        cached tokens and are queued again (recomputed to the same tokens). The device forgets all rows.
         """
         scheduled = failed.plan.scheduled()
-        culprits = [request for request, n in zip(failed.rows, scheduled) if n]
+        culprits = [request for request, n in zip(failed.rows, scheduled) if n and message is not None]
         for request in culprits:
             if not request.finished:
                 request.error = message

@@ -8,6 +8,7 @@ the step before that still read the buffer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,24 +16,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flover.engine.cuda_graph import Shape
+
 Ints = npt.NDArray[np.int32]
 
 # name -> what fills the rest of a part in a step that was padded to a bucket
 TOKEN_PARTS = {"ids": 0, "positions": 0, "token_rows": -1, "prompt_lens": 0}
 ENTRY_PARTS = {"entry_rows": 0, "seq_lens": 0, "sample_index": 0, "sample_rows": 0}  # the last: the scratch row
 TILE_PARTS = {"tile_entry": -1, "tile_start": 0}
+ALIGN = 4  # ints
 
 
-def sections(num_tokens: int, num_entries: int, num_tiles: int) -> dict[str, slice]:
-    """Where each part of a step of that size lies."""
+@lru_cache(maxsize=1024)
+def sections(shape: Shape) -> dict[str, slice]:
+    """Where each part of a step of that shape lies, at multiples of 16 bytes: kernels are compiled by alignment."""
     sizes = (
-        [(name, num_tokens) for name in TOKEN_PARTS]
-        + [(name, num_entries) for name in ENTRY_PARTS]
-        + [("query_start", num_entries + 1)]
-        + [(name, num_tiles) for name in TILE_PARTS]
+        [(name, shape.tokens) for name in TOKEN_PARTS]
+        + [(name, shape.entries) for name in ENTRY_PARTS]
+        + [("query_start", shape.entries + 1)]
+        + [(name, shape.tiles) for name in TILE_PARTS]
     )
-    ends = np.cumsum([size for _, size in sizes]).tolist()
-    return {name: slice(end - size, end) for (name, size), end in zip(sizes, ends)}
+    starts = np.cumsum([0] + [-(-size // ALIGN) * ALIGN for _, size in sizes]).tolist()
+    return {name: slice(start, start + size) for (name, size), start in zip(sizes, starts)}
 
 
 class Staging:
@@ -46,17 +51,17 @@ class Staging:
         self._turn = 0
 
     def send(self, parts: Mapping[str, Ints], places: Mapping[str, slice], edits: list[tuple[int, int, Any]]) -> Tensor:
-        """Pack and send; parts shorter than their place are padded. -> the device view of the edits, may be empty."""
+        """Pack and send, padding parts that are short or missing; -> the device view of the edits, may be empty."""
         turn = self._turn = (self._turn + 1) % len(self._pinned)
         self._events[turn].synchronize()
         host = self._pinned[turn].numpy()
         for name, place in places.items():
-            values = parts[name]
+            values = parts.get(name, ())
             end = place.start + len(values)
             host[place.start : end] = values
             if end < place.stop:
                 host[end : place.stop] = self._padding.get(name, values[-1:])  # query_start: no tokens
-        start = at = max(place.stop for place in places.values())
+        start = at = -(-max(place.stop for place in places.values()) // ALIGN) * ALIGN
         if edits:
             at = self._pack_edits(host, start, edits)
         self.device_buffer[:at].copy_(self._pinned[turn][:at], non_blocking=True)

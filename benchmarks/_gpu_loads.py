@@ -1,0 +1,138 @@
+"""Loads of gpu.py: requests that arrive by a Poisson process, offline traces, saturation; how prefill modes compare."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from _gpu_engine import Bench, Engine
+
+from flover.config import CHOICES
+from flover.metrics import Distribution
+
+# vLLM 0.26.0, Llama-3-8B bf16 on an H200, measured apart: requests/s -> p99 TTFT, mean TPOT, ms
+VLLM_POISSON = {4: (41, 4.94), 16: (56, 5.84), 32: (76, 6.46)}
+P95 = 1.6448536269514722  # quantile of the standard normal distribution
+WARM_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+def lognormal(mean: float, p95: float) -> tuple[float, float]:
+    """(mu, sigma) of the lognormal distribution with this mean and 95th percentile.
+
+    mean = exp(mu + sigma^2 / 2) and p95 = exp(mu + z sigma) give sigma^2 / 2 - z sigma + ln(p95 / mean) = 0;
+    the smaller root is the distribution with the lighter tail.
+
+    Raises:
+        ValueError: there is none: p95 is below the mean, or over exp(z^2 / 2) = 3.87 times it.
+    """
+    ratio = math.log(p95 / mean)
+    root = P95 * P95 - 2 * ratio
+    if ratio < 0 or root < 0:
+        raise ValueError(f"no lognormal distribution has mean {mean} and 95th percentile {p95}")
+    sigma = P95 - math.sqrt(root)
+    return math.log(mean) - sigma * sigma / 2, sigma
+
+
+def poisson_trace(rate: float, count: int, limit: int, seed: int = 0) -> tuple[list[tuple[int, int]], list[float]]:
+    """Prompt and output lengths (each in [4, limit], together at most `limit`), and arrivals in seconds."""
+    rng = random.Random(seed)
+    prompt, output = lognormal(200, 700), lognormal(180, 500)
+    lengths, arrivals, now = [], [], 0.0
+    for _ in range(count):
+        n = min(max(4, round(rng.lognormvariate(*prompt))), limit - 4)
+        m = min(max(4, round(rng.lognormvariate(*output))), limit - n)
+        lengths.append((n, m))
+        arrivals.append(now)
+        now += rng.expovariate(rate)
+    return lengths, arrivals
+
+
+def warm(engine: Engine, bench: Bench) -> None:
+    """Compile and capture what a load of changing batch sizes meets."""
+    for rows in WARM_ROWS:
+        if rows <= bench.small(256):
+            engine.run([(16, 4)] * rows)
+    lengths, arrivals = poisson_trace(32, bench.small(96, 2), bench.small(1900, 64), seed=1)
+    engine.run([(n, min(m, 32)) for n, m in lengths], arrivals)
+
+
+def poisson(bench: Bench, rates: Sequence[int], **settings: Any) -> list[dict[str, Any]]:
+    """Latency under load: 25 s of arrivals per rate, at most 400 requests; no bound, vLLM's numbers beside ours."""
+    engine = bench.engine(**settings)
+    warm(engine, bench)
+    rows = []
+    for rate in rates:
+        count = bench.small(min(400, 25 * rate), 4)
+        lengths, arrivals = poisson_trace(rate, count, min(bench.small(1900, 64), engine.max_model_len))
+        gaps: list[float] = []
+        seconds, done = engine.run(lengths, arrivals, gaps)
+        ttft = Distribution.of([r.first_token_time - r.arrival_time for r in done])
+        tpot = [(r.last_token_time - r.first_token_time) / (r.num_output_tokens - 1) for r in done]
+        row: dict[str, Any] = {
+            "requests_per_s": rate,
+            "requests": count,
+            "mean_prompt": round(statistics.fmean(n for n, _ in lengths)),
+            "mean_output": round(statistics.fmean(m for _, m in lengths)),
+            "p50_ttft_ms": round(ttft.median * 1e3, 1),
+            "p99_ttft_ms": round(ttft.p99 * 1e3, 1),
+            "mean_tpot_ms": round(statistics.fmean(tpot) * 1e3, 3),
+            "p99_itl_ms": round(Distribution.of(gaps).p99 * 1e3, 2),
+            "seconds": round(seconds, 2),
+        }
+        if bench.name == "llama3-8b" and rate in VLLM_POISSON:
+            row["vllm_p99_ttft_ms"], row["vllm_mean_tpot_ms"] = VLLM_POISSON[rate]
+        print("poisson", settings or "", row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def throughput(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """All requests at once: output tokens/s beside the bound of the whole trace."""
+    seconds, requests = engine.run(lengths)
+    outputs, bound = sum(m for _, m in lengths), engine.bound.trace(lengths)
+    assert sum(r.num_output_tokens for r in requests) == outputs
+    return {
+        "requests": len(lengths),
+        "prompt_tokens": sum(n for n, _ in lengths),
+        "output_tokens": outputs,
+        "seconds": round(seconds, 2),
+        "bound_s": round(bound, 3),
+        "share_of_bound": round(bound / seconds, 3),
+        "output_tokens_per_s": round(outputs / seconds),
+        "preemptions": sum(r.num_preemptions for r in requests),
+    }
+
+
+def offline(bench: Bench, **settings: Any) -> dict[str, Any]:
+    """512 requests at once, prompts uniform 32-1024, outputs uniform 32-512."""
+    engine, rng = bench.engine(**settings), random.Random(0)
+    small = bench.small
+    lengths = [(rng.randint(small(32), small(1024)), rng.randint(small(32), small(512))) for _ in range(small(512, 4))]
+    engine.run([(n, min(m, 8)) for n, m in lengths[:64]])
+    result = throughput(engine, lengths)
+    print("offline", settings or "", result, flush=True)
+    return result
+
+
+def saturated(bench: Bench, count: int) -> dict[str, Any]:
+    """`count` requests of 1000 tokens in and 1000 out at once, all in one batch if the cache holds them."""
+    engine = bench.engine(max_num_seqs=count)
+    length = min(1000, engine.max_model_len // 2)
+    lengths = [(bench.small(length), bench.small(length, 4))] * count
+    engine.run([(n, 4) for n, _ in lengths])
+    result = throughput(engine, lengths)
+    kv = engine.core.resolved.kv
+    result |= {"kv_tokens": kv.num_blocks * kv.block_size, "weight_bytes": engine.bound.weight_bytes}
+    print("saturated", result, flush=True)
+    return result
+
+
+def modes(bench: Bench) -> dict[str, Any]:
+    """Every prefill mode on the Poisson load of 16 requests/s and on the offline trace."""
+    return {
+        mode: {"poisson": poisson(bench, [16], prefill_mode=mode)[0], "offline": offline(bench, prefill_mode=mode)}
+        for mode in CHOICES["prefill_mode"]
+    }
