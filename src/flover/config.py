@@ -163,6 +163,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "generation_config": ("auto", "none"),
     "load_format": ("auto", "dummy"),
+    "quantization": ("none", "int8", "fp8", "int8_w8a8", "fp8_w8a8"),
 }
 
 
@@ -188,6 +189,8 @@ class EngineConfig:
         prefill_mode: "mixed" (prefill chunks share a step with decode) or "separate" (they alternate).
         overlap_depth: plans made ahead of the result in flight (0 or 1).
         generation_config: "auto" applies the checkpoint's sampling defaults, "none" does not.
+        quantization: of the blocks' linear layers, done while loading. "int8", "fp8" (e4m3): weights of 8 bits, a scale per
+            row, computed in dtype; "int8_w8a8", "fp8_w8a8": tokens too, with a scale each.
         debug_poison: fill freed KV with NaN, so that a stale read cannot pass.
 
     Raises:
@@ -214,6 +217,7 @@ class EngineConfig:
     device: str = "auto"
     generation_config: str = "auto"
     load_format: str = "auto"
+    quantization: str = "none"
     num_threads: int | None = None
     record_timeline: bool = False
     debug_poison: bool = False
@@ -341,7 +345,7 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
     if free <= 0:
         raise ValueError(
             f"the weights take {human(weights)} but only {human(hardware.free_bytes)} is free on {device}; "
-            "a smaller dtype or model would fit"
+            "a smaller dtype, quantization or a smaller model would fit"
         )
     length = config.max_model_len or model.max_position_embeddings
     _check_length(config, model, length)

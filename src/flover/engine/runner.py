@@ -65,6 +65,7 @@ class ModelRunner:
             load_format=config.engine.load_format,
             seed=config.engine.seed,
             backend=backend,
+            quantization=config.engine.quantization,
         )
         for part in loaded.modules():
             if isinstance(part, Linear):
