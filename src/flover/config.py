@@ -189,8 +189,8 @@ class EngineConfig:
         prefill_mode: "mixed" (prefill chunks share a step with decode) or "separate" (they alternate).
         overlap_depth: plans made ahead of the result in flight (0 or 1).
         generation_config: "auto" applies the checkpoint's sampling defaults, "none" does not.
-        quantization: of the blocks' linear layers, done while loading. "int8", "fp8" (e4m3): weights of 8 bits, a scale per
-            row, computed in dtype; "int8_w8a8", "fp8_w8a8": tokens too, with a scale each.
+        quantization: of the blocks' linear layers, done while loading. "int8", "fp8" (e4m3): weights of 8 bits, a scale
+            per row, computed in dtype; "int8_w8a8", "fp8_w8a8": tokens too, with a scale each.
         debug_poison: fill freed KV with NaN, so that a stale read cannot pass.
 
     Raises:

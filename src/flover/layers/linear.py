@@ -10,7 +10,7 @@ from flover.layers.activation import Activation
 from flover.layers.base import Layer
 
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-SLICE = 1 << 24  # elements of a weight that are quantised at a time
+SLICE = 1 << 22  # elements of a weight that are quantised at a time
 
 
 class Linear(Layer):
@@ -71,9 +71,7 @@ class Linear(Layer):
             return act.gated(self(x))
         out: Tensor
         if self.scale is not None:
-            out = self.ops.quantised_gated_linear(
-                x, self.weight, self.scale, self.bias, act.name, **self._modes()
-            )
+            out = self.ops.quantised_gated_linear(x, self.weight, self.scale, self.bias, act.name, **self._modes())
         else:
             out = self.ops.gated_linear(x, self.weight, self.bias, act.name, batch_invariant=self.batch_invariant)
         return out

@@ -1,9 +1,9 @@
 """Products with 8-bit weights: the specification of kernels/triton/quantised.py, and the CPU path.
 
-A weight `[out, in]` is int8 or float8_e4m3fn with one fp32 scale per row; tokens, where they are quantised too, have one
-each. Both types are exact in fp16 and bf16, so the only errors are the rounding to 8 bits, here, and one of the result:
-a product is accumulated in fp32, scaled, biased and rounded once. (A kernel may round `weight * scale` to x's dtype
-before a product of many rows.) fp64 tokens are computed in fp64.
+A weight `[out, in]` is int8 or float8_e4m3fn with one fp32 scale per row; tokens, where they are quantised too, have
+one each. Both types are exact in fp16 and bf16, so the only errors are the rounding to 8 bits, here, and one of the
+result: a product is accumulated in fp32, scaled, biased and rounded once. (A kernel may round `weight * scale` to x's
+dtype before a product of many rows.) fp64 tokens are computed in fp64.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SMALLEST = 1e-30  # a row of zeros has some scale
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x `[n, k]` as int8 or float8_e4m3fn, and the scale of each row `[n]` (fp32; fp64 of fp64), x = q * scale.
 
-    Symmetric: the largest magnitude of a row becomes 127 or 448. Rounds to nearest, ties to even. A row with a NaN or an
-    infinity has a scale that is not finite, so that its product is not either.
+    Symmetric: the largest magnitude of a row becomes 127 or 448. Rounds to nearest, ties to even. A row with a NaN or
+    an infinity has a scale that is not finite, so that its product is not either.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = wide.abs().amax(-1).clamp_min(SMALLEST) / LARGEST[dtype]

@@ -1,11 +1,11 @@
 """The product of few rows: two kernels and their launches; linear.py and quantised.py decide when and how it is cut.
 
-One program reads whole rows of the weight, `[out_features, in_features]`, tile after tile, and multiplies each with all
-of x: the weight is the left operand of the matrix instruction and tokens are the narrow side, so nothing is padded to 64
-rows. With PDL the first tiles are fetched into L2 while the kernel before still runs: weights depend on no one, and the
-memory does not idle between kernels. Narrow layers are split along the inner dimension too; partial sums lie in a
-workspace and the last program to arrive adds them in order, so the result is deterministic. Weights of 8 bits become x's
-type in registers, and sums are scaled.
+One program reads whole rows of the weight, `[out_features, in_features]`, tile after tile, and multiplies each with
+all of x: the weight is the left operand of the matrix instruction and tokens are the narrow side, so nothing is padded
+to 64 rows. With PDL the first tiles are fetched into L2 while the kernel before still runs: weights depend on no one,
+and the memory does not idle between kernels. Narrow layers are split along the inner dimension too; partial sums lie in
+a workspace and the last program to arrive adds them in order, so the result is deterministic. Weights of 8 bits become
+x's type in registers, and sums are scaled.
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ def _linear(
         else:
             wt = tl.load(rows + k[None, :], mask=(n[:, None] < N) & (k[None, :] < end), other=0.0)
             xt = tl.load(tokens + k[:, None], mask=(m[None, :] < M) & (k[:, None] < end), other=0.0)
-        acc = tl.dot(wt.to(xt.dtype), xt, acc, input_precision="ieee", max_num_imprecise_acc=PARTIAL)
+        acc = tl.dot(wt.to(xt.dtype), xt, acc, input_precision="ieee", max_num_imprecise_acc=PARTIAL, out_dtype=ACC)
         if GATE != "":
             wu = tl.load(rows + N.to(tl.int64) * K + k[None, :], eviction_policy="evict_first")
-            up = tl.dot(wu.to(xt.dtype), xt, up, input_precision="ieee", max_num_imprecise_acc=PARTIAL)
+            up = tl.dot(wu.to(xt.dtype), xt, up, input_precision="ieee", max_num_imprecise_acc=PARTIAL, out_dtype=ACC)
     acc = acc.to(tl.float32)
     inside = (n[:, None] < N) & (m[None, :] < M)
     where = m[None, :].to(tl.int64) * N + n[:, None]

@@ -1,9 +1,9 @@
 """Linear layers with weights of 8 bits; kernels/reference/quantised.py says what they compute.
 
 Few rows stream the weight at half the bytes of bf16: it becomes the tokens' type in registers and the scale multiplies
-the sum (product.py). Many rows are bound by arithmetic: the weight is written once in the tokens' type, scale included,
-and the rest is cuBLAS; with tokens of 8 bits too it is the library's 8-bit product. Nothing waits for the device, so all
-of it can be captured.
+the sum (product.py). Many rows are bound by arithmetic: the weight is written out in the tokens' type, scale included,
+and the rest is cuBLAS; with tokens of 8 bits too it is the library's 8-bit product. Nothing waits for the device, so
+all of it can be captured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flover.kernels.triton.product import Scales, Tiling, _launch, _launch_one
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_ROWS = 256  # beyond, a weight is worth writing out
-MAX_ROWS_8_BIT = 64  # beyond, tokens of 8 bits are the library's
+MAX_ROWS_8_BIT = 64  # beyond, tokens of 8 bits are the library's, which wants more than 16
 SLICE = 2048  # rows whose int32 sums exist at a time
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -84,7 +84,6 @@ def _rescale(
     bias,
     out,  # [M, N]
     N,
-    BY_ROW: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -94,9 +93,7 @@ def _rescale(
     grid_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + row * N + n, mask=n < N, other=0.0).to(tl.float32)
-    if BY_ROW:
-        value = value * tl.load(x_scale + row)
+    value = tl.load(x + row * N + n, mask=n < N, other=0.0).to(tl.float32) * tl.load(x_scale + row)
     if BY_COLUMN:
         value = value * tl.load(scale + n, mask=n < N, other=0.0)
     if HAS_BIAS:
@@ -115,7 +112,6 @@ def _scale(x: Tensor, by_row: Tensor, by_column: Tensor | None, bias: Tensor | N
         by_row if bias is None else bias,
         out,
         N,
-        BY_ROW=True,
         BY_COLUMN=by_column is not None,
         HAS_BIAS=bias is not None,
         BLOCK=block,
@@ -158,12 +154,12 @@ def _library(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales) -> 
     """The 8-bit product of cuBLAS or CUTLASS, for what it takes."""
     (M, K), N = x.shape, weight.shape[0]
     assert scales.tokens is not None
-    if M <= max(16, MAX_ROWS_8_BIT) or K % 16 or N % 16:
+    if M <= MAX_ROWS_8_BIT or K % 16 or N % 16:
         return None
     if x.dtype == torch.int8:
         out = torch.empty(M, N, dtype=scales.dtype, device=x.device)
         for i in range(0, M, SLICE):
-            part = slice(max(0, min(i, M - 17)), i + SLICE)  # it wants more than 16 rows; some may be computed twice
+            part = slice(min(i, M - 17), i + SLICE)  # a short rest takes rows again
             sums = torch._int_mm(x[part], weight.t())
             _scale(sums, scales.tokens[part], scales.weight, bias, out[part])
         return out
