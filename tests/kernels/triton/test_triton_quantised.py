@@ -50,8 +50,9 @@ def test_one_row(shape, kind, quantise_x, dtype):
 
 
 @pytest.mark.parametrize("dtype", FAST)
-@pytest.mark.parametrize("rows", [5, 33])
-@pytest.mark.parametrize(("split", "shape"), [(1, (96, 160)), (2, (128, 256)), (3, (70, 200))])
+@pytest.mark.parametrize(
+    ("rows", "split", "shape"), [(33, 1, (96, 160)), (5, 2, (64, 256)), (5, 3, (70, 200)), (33, 4, (64, 256))]
+)
 @pytest.mark.parametrize(("kind", "quantise_x"), KINDS)
 def test_a_split_product(rows, split, shape, kind, quantise_x, dtype):
     x, weight, scale, bias = some(rows, shape, dtype, kind)
