@@ -130,9 +130,11 @@ def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tiling:
     """How to cut a product of few rows with an 8-bit weight so that its programs just fill the GPU.
 
-    The bytes of a tile are those of a bf16 one (linear.py), so it is twice as deep.
+    The bytes of a tile are those of a bf16 one (linear.py), so it is twice as deep; where that takes too many registers
+    (gate and up at 17 to 32 rows), or x is most of what a tile reads, twice as wide.
     """
-    block_n, block_k = (64, 256) if rows <= 32 else (128, 128)
+    wide = out_features >= 128 * 0.7 * num_sms
+    block_n, block_k = (64, 256) if rows <= 16 or (rows <= 32 and not wide) else (128, 128)
     tiles = -(-out_features // block_n)
     split = next((s for s in (1, 2, 4) if tiles * s >= 0.7 * num_sms and in_features % (s * block_k) == 0), 1)
     while in_features % (block_k * split) and block_k > 64:
@@ -141,9 +143,9 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
     return Tiling(block_n, block_k, split, stages, 8 if block_n == 128 else 4)
 
 
-def one_row_tile(out_features: int, gate: bool) -> tuple[int, int, int]:
+def one_row_tile(out_features: int) -> tuple[int, int, int]:
     """Weight rows, elements of each, and warps of a program that has one token."""
-    return (2, 2048 if out_features >= 4096 and not gate else 4096, 4)
+    return (2, 2048 if out_features >= 4096 else 4096, 4)
 
 
 def _block_m(rows: int) -> int:
@@ -176,7 +178,7 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales: Scal
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     t = tiling(M, N, K, num_sms)
     if M == 1 and t.split_k == 1:
-        return _launch_one(x, weight, bias, gate, scales, one_row_tile(N, gate != ""))
+        return _launch_one(x, weight, bias, gate, scales, one_row_tile(N))
     half = t._replace(block_n=t.block_n // 2)
     if gate and t.split_k == 1 and N % t.block_n == 0 and K % t.block_k == 0:
         return _launch(x, weight, bias, _block_m(M), half, gate, scales)
