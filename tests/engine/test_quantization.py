@@ -7,6 +7,7 @@ of an activation can become one in its eighth, so there (c) is stated in fp64, w
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_what_is_quantised_and_its_bytes(model: str, name: str, load_format: str
     counted = loader.weight_bytes(folder, config, torch.float32, name)
     assert counted == sum(p.numel() * p.element_size() for p in module.parameters())
     assert counted == plain - sum(3 * part.weight.numel() - 4 * len(part.weight) for part in blocks)
+
+
+def test_an_output_head_of_its_own_stays_as_it_is() -> None:
+    config = replace(ModelConfig.from_folder(loader.resolve_model("kjv-llama")), tie_word_embeddings=False)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "load_format": "dummy"}
+    module: Any = loader.load_model("", config, quantization="int8", **options)
+    assert module.lm_head.weight.dtype == torch.float32
+    assert module.lm_head.weight is not module.embed.weight
+    assert module.layers[0].mlp.down_proj.weight.dtype == torch.int8
 
 
 def test_resolve_counts_the_quantised_size() -> None:

@@ -105,5 +105,8 @@ def test_a_layer_in_slices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sliced.pack()
     assert sliced.packed is None
     x = torch.randn(3, 24)
+    ways = [quantised_linear(x, whole.weight, whole.scale, None, quantise_x=q) for q in (False, True)]  # type: ignore[arg-type]
+    assert not torch.equal(*ways)
+    assert torch.equal(sliced(x), ways["w8a8" in name])
     error = (sliced(x) - x @ weight.t()).norm() / (x @ weight.t()).norm()
     assert 1e-4 < error < {"int8": 0.02, "fp8": 0.05}[name.removesuffix("_w8a8")] * (2 if "w8a8" in name else 1)
