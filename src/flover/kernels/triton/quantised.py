@@ -149,7 +149,7 @@ def one_row_tile(out_features: int) -> tuple[int, int, int]:
 
 
 def _block_m(rows: int) -> int:
-    return min(max(16, triton.next_power_of_2(rows)), 128)
+    return max(16, min(1 << (rows - 1).bit_length(), 128))
 
 
 def _library(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales) -> Tensor | None:
