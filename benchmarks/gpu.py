@@ -143,14 +143,16 @@ class Bound:
         config = engine.core.resolved
         seen = {p.data_ptr(): p for p in runner.model.parameters()}
         self.parameters = sum(p.numel() for p in seen.values())
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in seen.values())
         if not config.model.tie_word_embeddings:
             self.parameters -= config.model.vocab_size * config.model.hidden_size
+            self.weight_bytes -= 2 * config.model.vocab_size * config.model.hidden_size
         self.head = config.model.vocab_size * config.model.hidden_size
         self.token_bytes = config.kv.bytes_per_token
         self.bandwidth, self.flops, self.model = bandwidth, flops, config.model
 
     def decode(self, batch: int, context: float) -> float:
-        weights = max(2 * self.parameters / self.bandwidth, 2 * self.parameters * batch / self.flops)
+        weights = max(self.weight_bytes / self.bandwidth, 2 * self.parameters * batch / self.flops)
         return weights + batch * context * self.token_bytes / self.bandwidth
 
     def prefill(self, count: int, length: int) -> float:
@@ -326,6 +328,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama3-8b")
     parser.add_argument("--only", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--batches", default="1,8,16,32,64,128,256")
+    parser.add_argument("--engine", type=json.loads, default={}, help='more settings, as {"quantization": "fp8"}')
     parser.add_argument("--transformers-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_MODEL.json")
     args = parser.parse_args()
@@ -335,7 +338,7 @@ def main() -> None:
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     batches = [int(b) for b in args.batches.split(",")]
-    output = args.output or RESULTS / f"gpu_{args.model}.json"
+    output = args.output or RESULTS / f"gpu_{'_'.join([args.model, *map(str, args.engine.values())])}.json"
     bandwidth, flops = measured_limits()
     result: dict[str, Any] = {
         "environment": environment(),
@@ -352,11 +355,15 @@ def main() -> None:
         theirs = float(done.stdout.split()[-1]) if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
     with tempfile.TemporaryDirectory(prefix="flover-bench-") as temporary:
         length = min(2048, MODELS[args.model].get("n_positions", MODELS[args.model].get("max_position_embeddings")))
-        engine = Engine(
-            args.model, Path(temporary), max_model_len=length, max_num_seqs=256, max_num_batched_tokens=8192
-        )
+        settings = {"max_model_len": length, "max_num_seqs": 256, "max_num_batched_tokens": 8192, **args.engine}
+        engine = Engine(args.model, Path(temporary), **settings)
         bound = Bound(engine, bandwidth, flops)
-        result |= {"model": args.model, "start_up_s": round(engine.start_up, 1), "parameters_read": bound.parameters}
+        result |= {
+            "model": args.model,
+            "settings": args.engine,
+            "start_up_s": round(engine.start_up, 1),
+            "parameters_read": bound.parameters,
+        }
         parts = {
             "decode": lambda: decode(engine, bound, batches),
             "prefill": lambda: prefill(engine, bound, [(1, 1000), (8, 1000)]),

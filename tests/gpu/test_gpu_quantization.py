@@ -1,4 +1,4 @@
-"""Quantised engines on a GPU: log-probabilities of the CPU in fp32, the same bits alone and fused, steps without a wait."""
+"""Quantised engines on a GPU: the CPU's log-probabilities in fp32, equal bits alone and fused, steps without a wait."""
 
 from __future__ import annotations
 
