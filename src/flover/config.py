@@ -163,6 +163,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "generation_config": ("auto", "none"),
     "load_format": ("auto", "dummy"),
+    "quantization": ("none", "int8", "fp8", "int8_w8a8", "fp8_w8a8"),
 }
 
 
@@ -190,6 +191,8 @@ class EngineConfig:
             mixed, but on a GPU the prefill of a step runs on a stream of its own, beside its decode).
         overlap_depth: plans made ahead of the result in flight (0 or 1).
         generation_config: "auto" applies the checkpoint's sampling defaults, "none" does not.
+        quantization: of the blocks' linear layers, done while loading. "int8", "fp8" (e4m3): weights of 8 bits, a scale
+            per row, computed in dtype; "int8_w8a8", "fp8_w8a8": tokens too, with a scale each.
         debug_poison: fill freed KV with NaN, so that a stale read cannot pass.
 
     Raises:
@@ -217,6 +220,7 @@ class EngineConfig:
     device: str = "auto"
     generation_config: str = "auto"
     load_format: str = "auto"
+    quantization: str = "none"
     num_threads: int | None = None
     record_timeline: bool = False
     debug_poison: bool = False
@@ -367,7 +371,7 @@ def resolve(
         smaller = "a smaller max_num_batched_tokens, max_num_seqs, dtype" if step else "a smaller dtype"
         raise ValueError(
             f"the weights take {human(weights)}{steps} but only {human(hardware.free_bytes)} is free on {device}, of "
-            f"which {share:.0%} may be taken; {smaller} or model would fit"
+            f"which {share:.0%} may be taken; {smaller}, quantization or a smaller model would fit"
         )
     length = config.max_model_len or model.max_position_embeddings
     _check_length(config, model, length)

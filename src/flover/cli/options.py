@@ -68,6 +68,7 @@ HELP = {
     "overlap_depth": "plans made ahead: 0 or 1",
     "generation_config": "auto: the checkpoint's sampling defaults; none: not",
     "load_format": "dummy: random weights",
+    "quantization": "of linear layers while loading: weights of 8 bits, with _w8a8 tokens too",
     "num_threads": "CPU threads",
     "debug_poison": "fill freed KV with NaN",
 }

@@ -29,7 +29,7 @@ def run_plan(options: Mapping[str, Any]) -> int:
         f" {model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size}",
     )
     table.add_row("dtype", dtype)
-    table.add_row("weights", human(weights))
+    table.add_row("weights", human(weights) + ("" if config.quantization == "none" else f" ({config.quantization})"))
     table.add_row("KV per token", f"{human(token_bytes)} ({token_bytes} bytes)")
     table.add_row("free", f"{human(hardware.free_bytes)} on {hardware.device}")
     console.print(table)

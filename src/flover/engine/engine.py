@@ -118,7 +118,13 @@ def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Pat
         dtype: torch.dtype = getattr(torch, effective_dtype(config, model, hardware.device))
         if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
             raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
-        return folder, model, hardware, weight_bytes(folder, model, dtype)
+        kind = config.quantization
+        if hardware.device == "cuda" and kind.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
+            works = kind.replace("fp8", "int8")
+            raise ValueError(
+                f"this GPU is too old for fp8 (compute capability below 8.9); quantization={works!r} works"
+            )
+        return folder, model, hardware, weight_bytes(folder, model, dtype, kind)
 
 
 def settle(

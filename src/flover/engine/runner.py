@@ -77,6 +77,7 @@ class ModelRunner:
                 load_format=config.engine.load_format,
                 seed=config.engine.seed,
                 backend=backend,
+                quantization=config.engine.quantization,
             )
             self.times.nbytes["weights"] = sum(parameter.nbytes for parameter in loaded.parameters())
         with self.times.phase("packing"):

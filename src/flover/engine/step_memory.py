@@ -45,7 +45,7 @@ def measure_step_bytes(config: ResolvedConfig, folder: Path, hardware: Hardware)
     )
     one = replace(config.model, num_layers=1)
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
-    weights = weight_bytes(folder, one, dtype)
+    weights = weight_bytes(folder, one, dtype, config.engine.quantization)
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flover.config import ModelConfig
 from flover.kernels.dispatch import load_backend
 from flover.layers.base import Layer
+from flover.layers.linear import Linear
 from flover.layers.norm import LayerNorm, RMSNorm
 from flover.models.base import CausalLM, Source, concatenate
 from flover.models.checkpoint import Checkpoint, Stored, read_groups
@@ -73,6 +74,7 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     backend: str = "torch",
+    quantization: str = "none",
 ) -> nn.Module:
     """The family's module on `device` in `dtype`, in eval mode, nothing requiring a gradient.
 
@@ -81,13 +83,14 @@ def load_model(
         batch_invariant: fixed shapes for matrix products and activations (DESIGN section 4, statement b).
         load_format: "auto" reads the checkpoint, "dummy" draws weights from `seed` (for benchmarks).
         backend: whose functions the layers call (`kernels.dispatch`).
+        quantization: of the blocks' linear layers, as in `EngineConfig`; each is quantised as it arrives.
 
     Raises:
         ValueError: an unknown architecture or setting; a checkpoint that does not match the model exactly.
     """
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
-    family, module = model_class(config.architecture), _skeleton(config, folder)
+    family, module = model_class(config.architecture), _skeleton(config, folder, quantization)
     parameters = _parameters(module)
     if load_format == "dummy":
         _fill_dummy(parameters, dtype, device, seed)
@@ -102,16 +105,16 @@ def load_model(
     return module.to(device).eval()  # moves the buffers: rope frequencies, ALiBi slopes
 
 
-def weight_bytes(folder: Path | str, config: ModelConfig, dtype: torch.dtype) -> int:
+def weight_bytes(folder: Path | str, config: ModelConfig, dtype: torch.dtype, quantization: str = "none") -> int:
     """Bytes that the weights take once loaded; tied ones count once. All layers are alike, so two are looked at."""
     one, two = (
-        sum(parameter.shape.numel() for parameter in _parameters(_skeleton(replace(config, num_layers=n), folder)))
+        sum(p.num_bytes(dtype) for p in _parameters(_skeleton(replace(config, num_layers=n), folder, quantization)))
         for n in (1, 2)
     )
-    return (one + (config.num_layers - 1) * (two - one)) * dtype.itemsize
+    return one + (config.num_layers - 1) * (two - one)
 
 
-def _skeleton(config: ModelConfig, folder: Path | str) -> nn.Module:
+def _skeleton(config: ModelConfig, folder: Path | str, quantization: str) -> nn.Module:
     """The family's module without any memory behind its parameters."""
     try:
         with torch.device("meta"):
@@ -119,6 +122,9 @@ def _skeleton(config: ModelConfig, folder: Path | str) -> nn.Module:
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"config.json of {folder} has a value of the wrong type, or lacks one: {error}") from None
     assert isinstance(module, nn.Module)
+    for name, part in module.named_modules():
+        if isinstance(part, Linear) and name.startswith("layers."):  # not the output head, nor OPT's projections
+            part.quantization = quantization
     return module
 
 
@@ -130,9 +136,20 @@ class _Parameter:
         self.places: list[tuple[nn.Module, str]] = []
 
     def set(self, tensor: Tensor) -> None:
+        if layer := self._quantised():
+            return layer.quantise(tensor)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for owner, attribute in self.places:
             setattr(owner, attribute, parameter)
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes once loaded: a quantised weight has a byte per element, and a scale per row."""
+        return self.shape.numel() + 4 * self.shape[0] if self._quantised() else self.shape.numel() * dtype.itemsize
+
+    def _quantised(self) -> Linear | None:
+        owner, attribute = self.places[0]
+        chosen = attribute == "weight" and isinstance(owner, Linear) and owner.quantization != "none"
+        return cast(Linear, owner) if chosen else None
 
 
 def _parameters(module: nn.Module) -> list[_Parameter]:

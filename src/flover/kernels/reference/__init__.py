@@ -14,6 +14,7 @@ from flover.kernels.reference import attention as _plain
 from flover.kernels.reference import invariant as _invariant
 from flover.kernels.reference.fused import ACTIVATIONS, layer_norm, rms_norm, rotary_store, rotary_tables
 from flover.kernels.reference.kv_cache import copy_blocks, poison_blocks
+from flover.kernels.reference.quantised import quantised_linear
 from flover.kernels.reference.sampling import draw
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "poison_blocks",
+    "quantised_gated_linear",
+    "quantised_linear",
     "rms_norm",
     "rotary_store",
     "rotary_tables",
@@ -52,6 +55,21 @@ def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
     """act(x @ gate.T) * (x @ up.T), weight = gate over up."""
     return gated(linear(x, weight, bias, batch_invariant=batch_invariant), name, batch_invariant=batch_invariant)
+
+
+def quantised_gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    name: str,
+    *,
+    quantise_x: bool = False,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`gated_linear` with a weight of 8 bits and its scale."""
+    out = quantised_linear(x, weight, scale, bias, quantise_x=quantise_x, batch_invariant=batch_invariant)
+    return gated(out, name, batch_invariant=batch_invariant)
 
 
 def attention(q: Tensor, *args: Any, batch_invariant: bool = False, **options: Any) -> Tensor:

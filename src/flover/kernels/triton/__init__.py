@@ -4,6 +4,7 @@ from flover.kernels.triton.attention import attention
 from flover.kernels.triton.fused import activation, gated, layer_norm, rms_norm, rotary_store, rotary_tables
 from flover.kernels.triton.kv_cache import copy_blocks, poison_blocks
 from flover.kernels.triton.linear import gated_linear, linear
+from flover.kernels.triton.quantised import quantised_gated_linear, quantised_linear
 from flover.kernels.triton.sampling import draw
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "poison_blocks",
+    "quantised_gated_linear",
+    "quantised_linear",
     "rms_norm",
     "rotary_store",
     "rotary_tables",
