@@ -113,7 +113,7 @@ def _linear(
     x_scale,  # [M] fp32
     out,  # [M, N]
     partial,  # [SPLIT_K, M, N] fp32
-    arrived,  # [N / BLOCK_N] int32, zero before and after
+    arrived,  # [N / BLOCK_N * M / BLOCK_M] int32, zero before and after
     M,
     N,
     K,
@@ -172,7 +172,8 @@ def _linear(
     if SPLIT_K > 1:
         tl.store(partial + pid_k * M * N + where, acc, mask=inside)
         tl.debug_barrier()
-        if tl.atomic_add(arrived + pid_n, 1, sem="acq_rel") == SPLIT_K - 1:
+        unit = pid_n * tl.num_programs(2) + tl.program_id(2)
+        if tl.atomic_add(arrived + unit, 1, sem="acq_rel") == SPLIT_K - 1:
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for i in range(SPLIT_K):
                 total += tl.load(partial + i * M * N + where, mask=inside, other=0.0, cache_modifier=".cg")
@@ -180,7 +181,7 @@ def _linear(
             if HAS_BIAS:
                 total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
             tl.store(out + where, total.to(out.dtype.element_ty), mask=inside)
-            tl.store(arrived + pid_n, 0)
+            tl.store(arrived + unit, 0)
     else:
         acc = acc * token_scale * factor
         if HAS_BIAS:
