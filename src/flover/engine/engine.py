@@ -103,6 +103,8 @@ def survey(config: EngineConfig) -> tuple[Path, ModelConfig, Hardware, int]:
     dtype: torch.dtype = getattr(torch, effective_dtype(config, model, hardware.device))
     if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
         raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
+    if hardware.device == "cuda" and config.kv_cache_dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError("this GPU is too old for fp8 (compute capability below 8.9); kv_cache_dtype='auto' works")
     return folder, model, hardware, weight_bytes(folder, model, dtype)
 
 
