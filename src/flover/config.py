@@ -409,7 +409,9 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
         effective,
         model,
         SchedulerConfig(seqs, tokens, length, config.policy, config.order, config.prefill_mode, config.record_timeline),
-        KVConfig(config.kv_layout, config.reorder, block, blocks, cache_dtype, token_bytes, prefix, config.debug_poison),
+        KVConfig(
+            config.kv_layout, config.reorder, block, blocks, cache_dtype, token_bytes, prefix, config.debug_poison
+        ),
         settings,
     )
 

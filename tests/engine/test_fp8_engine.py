@@ -1,7 +1,7 @@
 """An fp8 KV cache end to end: addressing to the bit, the same tokens fused as serial, half the bytes, clear refusals.
 
-K and V are rounded to three bits of mantissa, so a last bit of theirs can become a whole step of fp8: in fp32 two orders
-of summing may part anywhere, and statement (c) is held in float64, where such a last bit is never seen.
+K and V are rounded to three bits of mantissa, so a last bit of theirs can become a whole step of fp8: in fp32 two
+orders of summing may part anywhere, and statement (c) is held in float64, where such a last bit is never seen.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def nearest(x: float) -> float:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_stored_values_are_the_nearest_and_saturate(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    values = torch.cat([torch.randn(90, generator=g) * 10.0 ** torch.randint(-3, 3, (90,), generator=g), torch.zeros(10)])
+    values = torch.cat(
+        [torch.randn(90, generator=g) * 10.0 ** torch.randint(-3, 3, (90,), generator=g), torch.zeros(10)]
+    )
     values[-8:] = torch.tensor([449.0, -464.0, 6e4, -6e4, math.inf, -math.inf, math.nan, 0.0])
     new = values.to(dtype).view(10, 2, 5)
     k_cache, v_cache = (torch.zeros(20, 2, 5, dtype=E4M3) for _ in "kv")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 FP8 = torch.float8_e4m3fn
 FP8_NAN = 0x7F
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
+from flover.kernels.triton.common import arrivals, grid_launch, grid_wait, launch_options
 from flover.kernels.triton.fused import _activate, gated
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
@@ -181,11 +181,6 @@ def _linear(
         tl.store(out + where, result, mask=inside)
 
 
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    return torch.zeros(65536, dtype=torch.int32, device=device)
-
-
 def _launch_one(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str = "") -> Tensor:
     N, K = weight.shape
     width = N // 2 if gate else N
@@ -220,7 +215,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, block_m: int, t: Til
         x if bias is None else bias,
         out,
         partial,
-        _arrivals(x.device),
+        arrivals(x.device),
         M,
         N,
         K,
