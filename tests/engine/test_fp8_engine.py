@@ -17,8 +17,9 @@ from test_fusion import LAYOUTS, SERIAL
 from test_same_tokens import FUSED, make_requests, trace
 
 from flover import LLM
-from flover.config import EngineConfig, Hardware
+from flover.config import EngineConfig, Hardware, ModelConfig
 from flover.engine.engine import EngineCore
+from flover.models.echo import EchoModel
 
 FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
 
@@ -32,6 +33,14 @@ def test_addressing_is_bitwise(echo: Path) -> None:
         assert core._executor._runner.storage.k[0].dtype == torch.float8_e4m3fn  # type: ignore[attr-defined]
         prefix_equal(expected, run(core, jobs), jobs)
         core.shutdown()
+
+
+def test_echo_writes_digits_that_fp8_holds(echo: Path) -> None:
+    model = EchoModel(ModelConfig.from_folder(echo))
+    ids = torch.arange(200)
+    written = model._encode(ids, 199 - ids, torch.float8_e4m3fn).double()[:, 0]
+    assert torch.equal(written @ torch.tensor([1.0, 16.0, 0.0, 0.0], dtype=torch.float64), ids.double())
+    assert torch.equal(written @ torch.tensor([0.0, 0.0, 1.0, 16.0], dtype=torch.float64), 199 - ids.double())
 
 
 def test_echo_says_what_fp8_cannot_hold(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
     return _activation(x, name, True)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions"])  # a view of the staging buffer
+@triton.jit(do_not_specialize_on_alignment=["positions", "cos", "sin"])  # views of one buffer each
 def _tables(positions, inv_freq, cos, sin, PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     grid_launch(PDL)
     grid_wait(PDL)
