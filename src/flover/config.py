@@ -397,10 +397,11 @@ def resolve(config: EngineConfig, model: ModelConfig, hardware: Hardware, weight
         max_num_batched_tokens=tokens,
         enable_prefix_caching=prefix,
     )
+    why["kv_cache_dtype"] = ("default", "auto: as dtype")
     why.setdefault("num_kv_blocks", ("machine", "max_num_seqs slots"))
     why["kv_cache_memory_bytes"] = ("machine", f"{human(needed)}: {blocks} blocks of {block} tokens")
     values = {f.name: getattr(effective, f.name) for f in fields(effective)}
-    values |= {"num_kv_blocks": blocks, "kv_cache_memory_bytes": needed}
+    values |= {"kv_cache_dtype": cache_dtype, "num_kv_blocks": blocks, "kv_cache_memory_bytes": needed}
     settings = tuple(
         Setting(name, value, *(("given", "") if name in given else why.get(name, ("default", ""))))
         for name, value in values.items()

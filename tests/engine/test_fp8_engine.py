@@ -80,6 +80,10 @@ def test_memory_is_counted_in_bytes_of_fp8() -> None:
     size = {"kv_cache_memory_bytes": 1 << 20, "max_num_seqs": 256, "device": "cpu"}
     cores = [EngineCore(EngineConfig("kjv-llama", **size, **options)) for options in ({}, FP8)]
     wide, narrow = (core.resolved.kv for core in cores)
+    assert [next(s.value for s in core.resolved.settings if s.name == "kv_cache_dtype") for core in cores] == [
+        "float32",
+        "float8_e4m3fn",
+    ]
     assert wide.bytes_per_token == 4 * narrow.bytes_per_token
     assert narrow.num_blocks == 4 * wide.num_blocks
     storage = cores[1]._executor._runner.storage  # type: ignore[attr-defined]

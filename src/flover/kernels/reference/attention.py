@@ -50,10 +50,16 @@ def gather_history(
     scratch: gather into the step's buffer of that name, which the next call with it overwrites; the first touch of
     fresh memory costs more than the copy.
     """
+    if cache.dtype == dtype:
+        return _gather(cache, meta, row, start, scratch)
+    return _gather(cache.view(torch.uint8), meta, row, start, scratch).view(cache.dtype).to(dtype)  # fp8, as bytes
+
+
+def _gather(cache: Tensor, meta: AttentionMetadata, row: int, start: int, scratch: str | None) -> Tensor:
     length, size = meta.seq_lens[row], meta.block_size
     if meta.contiguous:
         base = int(meta.blocks[row][0]) * size
-        return cache[base + start : base + length].to(dtype)
+        return cache[base + start : base + length]
     first = start // size
     blocks = meta.blocks[row][first:] if first else meta.blocks[row]
     table = cache.view(-1, size * math.prod(cache.shape[1:]))
@@ -63,7 +69,7 @@ def gather_history(
         if scratch not in meta.scratch:
             meta.scratch[scratch] = table.new_empty(max(map(len, meta.blocks)), table.shape[1])
         gathered = torch.index_select(table, 0, blocks, out=meta.scratch[scratch][: len(blocks)])
-    return gathered.view(-1, *cache.shape[1:])[start - first * size : length - first * size].to(dtype)
+    return gathered.view(-1, *cache.shape[1:])[start - first * size : length - first * size]
 
 
 def _mask(meta: AttentionMetadata, row: int, start: int, window: int | None, device: torch.device) -> Tensor:

@@ -80,7 +80,8 @@ def num_splits(units: int) -> int:
 def decode_options(block_d: int, wide: bool, fp8: bool, programs: int) -> dict[str, int]:
     """Keys that a decode program reads at a time, and how. Many programs: small ones, more of which fit side by side.
 
-    block_d: head size, padded. wide: fp32 queries. fp8: of the cache. programs: of the launch.
+    block_d: head size, padded. wide: fp32 queries. fp8: the cache is, and half as many bytes are under way.
+    programs: of the launch.
     """
     if not wide and block_d <= 128 and programs >= PROGRAMS:
         return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
