@@ -17,7 +17,7 @@ from typing import NamedTuple
 PRODUCT, ATTENTION, TRANSFER, OTHER = "product", "attention", "transfer", "other"
 STAGING = "Memcpy HtoD"  # a step on a GPU begins with the copy of its inputs, and has no other
 _TRANSFERS = re.compile(r"Memcpy (HtoD|DtoH)")
-_ATTENTION = re.compile(r"flash|fmha|attention|bmm|scaled_dot|^_(decode|prefill)")
+_ATTENTION = re.compile(r"flash|fmha|attention|bmm|scaled_dot|^_?(decode|prefill)$")
 _PRODUCTS = re.compile(
     r"gemm|gemv|nvjet|cutlass|cublas|splitk|(^|_)linear|_one_row|scaled_mm|::(addmm|mm|addmv|mv|_int_mm)$", re.I
 )

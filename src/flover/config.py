@@ -153,8 +153,10 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
 
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+FP8 = "float8_e4m3fn"  # of a KV cache only: one byte, +-448, no infinity
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", *DTYPE_BYTES),
+    "kv_cache_dtype": ("auto", "fp8"),
     "kv_layout": ("paged", "slab"),
     "reorder": ("off", "move", "indirect"),
     "policy": ("fused", "serial", "static"),
@@ -176,7 +178,8 @@ class EngineConfig:
 
     Args:
         model: built-in name, checkpoint folder or Hugging Face hub id.
-        dtype: of weights, activations and KV; auto is float32 on a CPU, the checkpoint's own on a GPU.
+        dtype: of weights and activations; auto is float32 on a CPU, the checkpoint's own on a GPU.
+        kv_cache_dtype: of the KV cache: "auto" is `dtype`; "fp8" is float8_e4m3fn, scale 1, saturating at +-448.
         max_model_len: prompt + output limit in tokens; auto is the model's, cut to what the cache holds.
         max_num_seqs: rows of the running batch.
         max_num_batched_tokens: token budget of a step; decode rows always run, it bounds the prefill beside them.
@@ -201,6 +204,7 @@ class EngineConfig:
 
     model: str = "kjv-llama"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -265,6 +269,7 @@ class KVConfig:
     reorder: str
     block_size: int
     num_blocks: int
+    dtype: str  # a torch name
     bytes_per_token: int
     prefix_caching: bool
     debug_poison: bool = False
@@ -339,6 +344,16 @@ def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> st
     return dtype
 
 
+def kv_dtype(config: EngineConfig, dtype: str) -> str:
+    """torch's name of the KV cache's dtype where the activations have `dtype`."""
+    return FP8 if config.kv_cache_dtype == "fp8" else dtype
+
+
+def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
+    """K and V of one token in all layers, in a cache of `dtype`."""
+    return model.kv_elements_per_token * (1 if dtype == FP8 else DTYPE_BYTES[dtype])
+
+
 def resolve(
     config: EngineConfig, model: ModelConfig, hardware: Hardware, weights: int = 0, step: int = 0
 ) -> ResolvedConfig:
@@ -363,7 +378,8 @@ def resolve(
     dtype = effective_dtype(config, model, device)
     why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")
     seqs = decide("max_num_seqs", DEFAULT_MAX_NUM_SEQS, "default", "")
-    token_bytes = model.kv_elements_per_token * DTYPE_BYTES[dtype]
+    cache_dtype = kv_dtype(config, dtype)
+    token_bytes = kv_bytes_per_token(model, cache_dtype)
     share = CPU_MEMORY_SHARE if device == "cpu" else config.gpu_memory_utilization
     free = int(hardware.free_bytes * share) - weights - step
     if free <= 0:
@@ -411,10 +427,11 @@ def resolve(
         max_num_batched_tokens=tokens,
         enable_prefix_caching=prefix,
     )
+    why["kv_cache_dtype"] = ("default", "auto: as dtype")
     why.setdefault("num_kv_blocks", ("machine", "max_num_seqs slots"))
     why["kv_cache_memory_bytes"] = ("machine", f"{human(needed)}: {blocks} blocks of {block} tokens")
     values = {f.name: getattr(effective, f.name) for f in fields(effective)}
-    values |= {"num_kv_blocks": blocks, "kv_cache_memory_bytes": needed}
+    values |= {"kv_cache_dtype": cache_dtype, "num_kv_blocks": blocks, "kv_cache_memory_bytes": needed}
     settings = tuple(
         Setting(name, value, *(("given", "") if name in given else why.get(name, ("default", ""))))
         for name, value in values.items()
@@ -423,7 +440,9 @@ def resolve(
         effective,
         model,
         SchedulerConfig(seqs, tokens, length, config.policy, config.order, config.prefill_mode, config.record_timeline),
-        KVConfig(config.kv_layout, config.reorder, block, blocks, token_bytes, prefix, config.debug_poison),
+        KVConfig(
+            config.kv_layout, config.reorder, block, blocks, cache_dtype, token_bytes, prefix, config.debug_poison
+        ),
         MemoryPlan(hardware.free_bytes, weights, step, needed),
         settings,
     )

@@ -281,6 +281,10 @@ def test_plan(capfd: pytest.CaptureFixture[str]) -> None:
     assert table == [["128", "12"], ["200", "7"]]
     assert main(["plan", "--device", "cpu", "--kv-layout", "slab", "--max-num-seqs", "5"]) == 0
     assert capfd.readouterr().out.splitlines()[-1].split()[:2] == ["1024", "5"]
+    assert main(["plan", "--device", "cpu", "--num-kv-blocks", "100", "--kv-cache-dtype", "fp8"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert any("KV per token" in line and "1024 bytes, float8_e4m3fn" in line for line in lines)
+    assert any("100 blocks of 16 tokens, 1.6 MiB" in line for line in lines)
 
 
 def test_doctor(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

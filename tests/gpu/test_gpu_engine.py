@@ -95,10 +95,14 @@ def test_layouts_and_policies(model: str, options: dict[str, Any]) -> None:
     assert same >= 5  # of 6 without penalties
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("model", ["kjv-llama", "kjv-gpt2"])
-def test_batch_invariant_is_bitwise(model: str) -> None:
+def test_batch_invariant_is_bitwise(model: str, kv_cache_dtype: str) -> None:
+    if kv_cache_dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
     prompts = random_prompts(500)
-    with LLM(model, device="cuda", batch_invariant=True, max_num_seqs=8, max_num_batched_tokens=24) as llm:
+    options: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 24, "kv_cache_dtype": kv_cache_dtype}
+    with LLM(model, device="cuda", batch_invariant=True, **options) as llm:
         inputs = [{"prompt_token_ids": p} for p in prompts]
         each = [params(i) for i in range(len(prompts))]
         fused = [o.outputs[0] for o in llm.generate(inputs, each)]
@@ -106,6 +110,34 @@ def test_batch_invariant_is_bitwise(model: str) -> None:
             alone = llm.generate(one, p)[0].outputs[0]
             assert alone.token_ids == together.token_ids
             assert alone.cumulative_logprob == together.cumulative_logprob
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_blocks": 24, "block_size": 4, "max_model_len": 64},  # preempts
+        {"kv_layout": "slab", "reorder": "move", "max_model_len": 64},
+        {"kv_layout": "slab", "reorder": "off", "max_model_len": 64},
+        {"debug_poison": True, "max_num_batched_tokens": 16},
+    ],
+    ids=str,
+)
+def test_an_fp8_cache(options: dict[str, Any]) -> None:
+    """As on a CPU, but for roundings to fp8 that a last bit of K or V turns: a few, each a small step."""
+    prompts, fp8 = random_prompts(500), {"kv_cache_dtype": "fp8"}
+    parted, steps = 0, []
+    gpu = run("kjv-llama", prompts, device="cuda", **fp8, **options)
+    for a, b in zip(run("kjv-llama", prompts, device="cpu", **fp8), gpu):
+        for x, y, p, q in zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs):
+            if x != y:
+                parted += 1
+                break
+            steps.append(abs(p[x].logprob - q[y].logprob))
+    assert parted <= 4
+    assert sum(steps) / len(steps) < 0.02
+    assert max(steps) < 0.3
 
 
 def test_steady_decode_never_waits_for_the_device() -> None:

@@ -30,6 +30,7 @@ TOKEN_BYTES = 2 * 16 * 8 * 64 * 4
     ("options", "message"),
     [
         ({"dtype": "int8"}, "dtype must be one of auto, float64"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be one of auto, fp8, got 'int4'"),
         ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
         ({"max_num_seqs": True}, "max_num_seqs must be an integer"),
         ({"max_num_batched_tokens": 1.5}, "got 1.5"),

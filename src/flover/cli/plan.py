@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flover.config import DTYPE_BYTES, EngineConfig, ResolvedConfig, effective_dtype, human
+from flover.config import EngineConfig, ResolvedConfig, effective_dtype, human, kv_bytes_per_token, kv_dtype
 from flover.engine.engine import settle, survey
 
 LENGTHS = tuple(1 << n for n in range(7, 21))
@@ -19,7 +19,8 @@ def run_plan(options: Mapping[str, Any]) -> int:
     config = EngineConfig(**options)
     folder, model, hardware, weights = survey(config)
     dtype = effective_dtype(config, model, hardware.device)
-    token_bytes = model.kv_elements_per_token * DTYPE_BYTES.get(dtype, 4)
+    cache_dtype = kv_dtype(config, dtype)
+    token_bytes = kv_bytes_per_token(model, cache_dtype)
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("model", f"{folder} ({model.architecture})")
@@ -30,7 +31,7 @@ def run_plan(options: Mapping[str, Any]) -> int:
     )
     table.add_row("dtype", dtype)
     table.add_row("weights", human(weights) + ("" if config.quantization == "none" else f" ({config.quantization})"))
-    table.add_row("KV per token", f"{human(token_bytes)} ({token_bytes} bytes)")
+    table.add_row("KV per token", f"{human(token_bytes)} ({token_bytes} bytes, {cache_dtype})")
     table.add_row("free", f"{human(hardware.free_bytes)} on {hardware.device}")
     console.print(table)
     resolved = settle(config, folder, model, hardware, weights)

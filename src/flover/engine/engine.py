@@ -119,11 +119,10 @@ def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Pat
         if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
             raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
         kind = config.quantization
-        if hardware.device == "cuda" and kind.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
-            works = kind.replace("fp8", "int8")
-            raise ValueError(
-                f"this GPU is too old for fp8 (compute capability below 8.9); quantization={works!r} works"
-            )
+        fp8 = "fp8" in (kind[:3], config.kv_cache_dtype)
+        if hardware.device == "cuda" and fp8 and torch.cuda.get_device_capability() < (8, 9):
+            instead = f"quantization={kind.replace('fp8', 'int8')!r}, kv_cache_dtype='auto'"
+            raise ValueError(f"this GPU is too old for fp8 (compute capability below 8.9); {instead} works")
         return folder, model, hardware, weight_bytes(folder, model, dtype, kind)
 
 

@@ -89,7 +89,7 @@ class ModelRunner:
         shape = model.num_layers, kv.num_blocks, kv.block_size, model.num_kv_heads, model.head_dim
         elastic = kv.layout == "slab" and kv.reorder != "off"
         with self.times.phase("KV cache"):
-            self.storage = KVStorage(*shape, dtype, self.device, backend, elastic)
+            self.storage = KVStorage(*shape, getattr(torch, kv.dtype), self.device, backend, elastic)
         self.sampler = Sampler(rows + 1, model.vocab_size, self.device, backend)  # the last is scratch
         self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
         self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step

@@ -30,11 +30,11 @@ class ForwardContext:
     meta: Any
     batch_invariant: bool = False
 
-    def history(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """K and V of a whole row, `[seq_len, kv_heads, head_dim]`, through the layout's own addressing."""
+    def history(self, layer: int, row: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K and V of a whole row in `dtype`, `[seq_len, kv_heads, head_dim]`, through the layout's own addressing."""
         return (
-            gather_history(self.k_cache[layer], self.meta, row),
-            gather_history(self.v_cache[layer], self.meta, row),
+            gather_history(self.k_cache[layer], self.meta, row, dtype),
+            gather_history(self.v_cache[layer], self.meta, row, dtype),
         )
 
 

@@ -3,7 +3,8 @@
 It writes every token id and its position into K and V of each layer through `store_kv`, reads each row's whole history
 back through the layout's own addressing, and its next token is an integer hash of all of it. Its tokens are equal in
 every trace, layout, reorder mode, depth, chunking and policy, or an address is wrong. K and V hold different functions
-of the token, so a cache that aliases them is seen too.
+of the token, so a cache that aliases them is seen too. An fp8 cache holds integers to 16 only: there each number is
+written in digits of base 16.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flover.config import ModelConfig
-from flover.kernels.reference.kv_cache import store_kv
+from flover.kernels.reference.kv_cache import FP8, store_kv
 from flover.layers.attention import ForwardContext
 from flover.models.base import Source
 
@@ -34,27 +35,39 @@ class EchoModel(nn.Module):
         super().__init__()
         self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
         self.kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        self.largest = max(config.vocab_size, config.max_position_embeddings) + config.num_layers
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """-> `[num_tokens, 1]` int64: the hash of each token's history up to itself."""
-        shape = (len(input_ids), self.kv_heads, self.head_dim)
+        dtype = ctx.k_cache[0].dtype
         hashes = torch.empty(len(input_ids), dtype=torch.int64, device=input_ids.device)
         for layer in range(self.num_layers):
-            k, v = (torch.zeros(shape, dtype=ctx.k_cache[0].dtype, device=input_ids.device) for _ in "kv")
-            k[..., 0], k[..., 1] = input_ids[:, None] + layer, positions[:, None]
-            v[..., 0], v[..., 1] = positions[:, None] + layer, input_ids[:, None] + 1
+            k = self._encode(input_ids + layer, positions, dtype)
+            v = self._encode(positions + layer, input_ids + 1, dtype)
             store_kv(k, v, ctx.k_cache[layer], ctx.v_cache[layer], ctx.slot_mapping)
         for row in range(len(ctx.meta.seq_lens)):
             begin, end = ctx.meta.query_start[row], ctx.meta.query_start[row + 1]
-            parts = [part[..., :2] for layer in range(self.num_layers) for part in ctx.history(layer, row)]
+            parts = [part for layer in range(self.num_layers) for part in ctx.history(layer, row, torch.float64)]
             hashes[begin:end] = self._hash(torch.cat(parts, -1))[begin - end :]
         return hashes[:, None]
 
+    def _encode(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """Two integers `[num_tokens]` as `[num_tokens, kv_heads, head_dim]`, each in half of a head."""
+        bits, half = 4 if dtype == FP8 else 24, self.head_dim // 2
+        places = min(half, 60 // bits)
+        if self.largest >> bits * places:
+            raise ValueError(f"EchoModel: head_dim {self.head_dim} is too small for ids to {self.largest} in {dtype}")
+        out = torch.zeros(len(a), self.kv_heads, self.head_dim, dtype=torch.float64, device=a.device)
+        for i in range(places):
+            digits = [value[:, None] >> bits * i & (1 << bits) - 1 for value in (a, b)]
+            out[..., i], out[..., half + i] = digits
+        return out.to(dtype)
+
     @staticmethod
     def _hash(history: Tensor) -> Tensor:
-        """Running hash `[seq_len]` of `[seq_len, kv_heads, 4 * num_layers]`; a NaN changes every later value."""
+        """Running hash `[seq_len]` of `[seq_len, kv_heads, num_fields]`; a NaN changes every later value."""
         # summed over the heads, so that one that differs shows
-        fields = torch.nan_to_num(history.double().sum(1), nan=-12345.0).long()
+        fields = torch.nan_to_num(history.sum(1), nan=-12345.0).long()
         place = torch.arange(1, len(fields) + 1, device=fields.device)
         weights = torch.arange(1, fields.shape[1] + 1, device=fields.device) * 7_919 + 1_000_003
         mixed = (fields * weights).sum(-1) * (place * 2_654_435 % 1_000_033) % _MODULUS

@@ -3,6 +3,8 @@
 Its `Batch` builds the layouts and fills every slot that no live token owns with NaN; the twin in float64 is the truth.
 """
 
+import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -38,6 +40,37 @@ def test_a_slab_in_a_mixed_batch(dtype):
 def test_queries_that_see_nothing_of_the_first_tiles_of_keys(dtype):
     """The last queries of a tile have a window that begins tiles after that of the first."""
     check(Batch([150], [170], 2, 1, 16, dtype), dtype, scale=0.3, window=5)
+
+
+@pytest.mark.parametrize("window", [None, 33, 200])
+def test_tiles_of_keys_that_every_query_sees(window, dtype):
+    """Before the diagonal, and between the window's far edge and it, nothing is masked; chunks begin in mid-tile."""
+    check(Batch([150, 70], [411, 320], 2, 1, 16, dtype), dtype, scale=0.3, window=window)
+
+
+def test_a_half_precision_slope_is_multiplied_in_fp32():
+    """0.9 x 300 in fp16 is off by up to 0.125."""
+    batch = Batch([1, 3], [300, 250], 4, 2, 16, torch.float16)
+    slopes = torch.tensor([0.3, 0.7, 0.11, 0.9], device=DEVICE).half()
+    check(batch, torch.float16, num_decode=1, scale=0.3, alibi=slopes)
+
+
+@pytest.mark.parametrize("heads", [3, 16])
+def test_only_real_heads_are_merged(heads, monkeypatch):
+    """Groups that are padded to 16 and one that is not, in 4 splits of which 1, 3 and all are used."""
+    batch, guarded = Batch([1, 1, 1], [64, 130, 700], heads, 1, 20, torch.float32), []
+
+    def empty(*shape, **options):
+        size = math.prod(shape[0] if isinstance(shape[0], tuple) else shape)
+        memory = torch.full((size + 512,), 7.0, **options)
+        guarded.append(memory[size:])
+        return memory[:size].view(*shape)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(sys.modules[attention.__module__], "PROGRAMS", 12)
+    check(batch, torch.float32, num_decode=3, scale=0.3)
+    assert len(guarded) == 3
+    assert all((guard == 7.0).all() for guard in guarded)
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 127, 128, 129, 193])

@@ -38,13 +38,24 @@ class AttentionMetadata:
 
 
 def gather_history(
-    cache: Tensor, meta: AttentionMetadata, row: int, start: int = 0, scratch: str | None = None
+    cache: Tensor,
+    meta: AttentionMetadata,
+    row: int,
+    dtype: torch.dtype,
+    start: int = 0,
+    scratch: str | None = None,
 ) -> Tensor:
-    """Tokens [start, seq_len) of a row, `[n, kv_heads, head_dim]`: a view where the layout allows.
+    """Tokens [start, seq_len) of a row in `dtype`, `[n, kv_heads, head_dim]`: a view where layout and cache allow.
 
     scratch: gather into the step's buffer of that name, which the next call with it overwrites; the first touch of
     fresh memory costs more than the copy.
     """
+    if cache.dtype == dtype:
+        return _gather(cache, meta, row, start, scratch)
+    return _gather(cache.view(torch.uint8), meta, row, start, scratch).view(cache.dtype).to(dtype)  # fp8, as bytes
+
+
+def _gather(cache: Tensor, meta: AttentionMetadata, row: int, start: int, scratch: str | None) -> Tensor:
     length, size = meta.seq_lens[row], meta.block_size
     if meta.contiguous:
         base = int(meta.blocks[row][0]) * size
@@ -103,8 +114,8 @@ def attention(
         if q_len == 0:
             continue
         start = 0 if window is None else max(0, length - q_len - window + 1)
-        k = gather_history(k_cache, meta, row, start, "k").transpose(0, 1)  # [kv_heads, keys, head_dim]
-        v = gather_history(v_cache, meta, row, start, "v").transpose(0, 1)
+        k = gather_history(k_cache, meta, row, q.dtype, start, "k").transpose(0, 1)  # [kv_heads, keys, head_dim]
+        v = gather_history(v_cache, meta, row, q.dtype, start, "v").transpose(0, 1)
         if plain and q_len == 1:  # decode: every call per row and layer counts
             query = query.view(1, kv_heads, group, head_dim)
             o = F.scaled_dot_product_attention(query, k[None], v[None], scale=scale)

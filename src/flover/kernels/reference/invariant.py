@@ -64,8 +64,9 @@ def invariant_attention(
         first = length - (end - begin)  # position of the row's first query
         if begin == end:
             continue
-        keys = F.pad(gather_history(k_cache, meta, row), (0, 0, 0, 0, 0, -length % SPLIT)).transpose(0, 1)
-        values = F.pad(gather_history(v_cache, meta, row), (0, 0, 0, 0, 0, -length % SPLIT)).transpose(0, 1)
+        spare = (0, 0, 0, 0, 0, -length % SPLIT)
+        keys = F.pad(gather_history(k_cache, meta, row, q.dtype), spare).transpose(0, 1)
+        values = F.pad(gather_history(v_cache, meta, row, q.dtype), spare).transpose(0, 1)
         for tile in range(first // TILE, (length - 1) // TILE + 1):
             lo, hi = max(first, tile * TILE), min(length, (tile + 1) * TILE)
             query = q.new_zeros(TILE, kv_heads, group, head_dim)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
+from flover.kernels.triton.common import assert_heads_side_by_side, grid_launch, grid_wait, launch_options
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
     return _activation(x, name, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "cos", "sin"])  # views of one buffer each
 def _tables(positions, inv_freq, cos, sin, PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     grid_launch(PDL)
     grid_wait(PDL)
@@ -214,6 +214,14 @@ def _rotated(head, inside, d, cos, sin, PAIRS: tl.constexpr, INTERLEAVED: tl.con
 
 
 @triton.jit
+def _to_cache(x, cache):
+    """As a cache holds it: fp8 saturates, and keeps NaN."""
+    if cache.dtype.element_ty == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(cache.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize_on_alignment=["cos", "sin", "slots"])
 def _rotary_store(
     q,
     k,
@@ -256,9 +264,9 @@ def _rotary_store(
         key_out = tl.load(key, mask=inside, other=0.0)
     if slot >= 0:
         where = (slot * KV_HEADS + head) * HEAD_DIM + d
-        tl.store(k_cache + where, key_out, mask=inside)
+        tl.store(k_cache + where, _to_cache(key_out, k_cache), mask=inside)
         value = tl.load(v + token * stride_v + head * HEAD_DIM + d, mask=inside, other=0.0)
-        tl.store(v_cache + where, value, mask=inside)
+        tl.store(v_cache + where, _to_cache(value, v_cache), mask=inside)
 
 
 def rotary_store(
@@ -279,6 +287,8 @@ def rotary_store(
     """
     n, num_heads, head_dim = q.shape
     kv_heads = k.shape[1]
+    assert_heads_side_by_side(q, k, v)
+    assert all(t.is_contiguous() for t in (k_cache, v_cache, slot_mapping))
     group, block_d = num_heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     heads = triton.next_power_of_2(group)
     if n:

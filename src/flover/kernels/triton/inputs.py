@@ -13,7 +13,7 @@ from torch import Tensor
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["edits"])  # a view of the staging buffer
 def _edit_tables(edits, block_table, stride, COPY: tl.constexpr, PDL: tl.constexpr):
     grid_launch(PDL)
     grid_wait(PDL)
@@ -35,7 +35,10 @@ def edit_tables(edits: Tensor, num_edits: int, block_table: Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "stride"],  # each step's own, as is the place of its parts in the staging buffer
+    do_not_specialize_on_alignment=["ids", "positions", "rows"],
+)
 def _token_inputs(
     ids,
     positions,

@@ -49,6 +49,8 @@ def copy_blocks(caches: Sequence[Tensor], moves: Sequence[tuple[int, int, int]],
     if not moves:
         return
     base, device = caches[0], caches[0].device
+    if base.element_size() == 1:  # fp8: a copy needs no arithmetic on it, and its dtype some
+        base = base.view(torch.uint8)
     width = base[0].numel()
     rows = [(src * block_size * width, dst * block_size * width, n * width) for src, dst, n in moves]
     offsets = [(cache.data_ptr() - base.data_ptr()) // base.element_size() for cache in caches]

@@ -10,7 +10,6 @@ x's type in registers, and sums are scaled.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
+from flover.kernels.triton.common import arrivals, grid_launch, grid_wait, launch_options
 from flover.kernels.triton.fused import _activate
 
 AHEAD = 2  # tiles
@@ -104,7 +103,7 @@ def _one_row(
     tl.store(out + n, result, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear(
     x,  # [M, K]
     w,  # [N, K]
@@ -195,11 +194,6 @@ def _linear(
         tl.store(out + where, result, mask=inside)
 
 
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    return torch.zeros(65536, dtype=torch.int32, device=device)
-
-
 class Scales(NamedTuple):
     """Of a weight of 8 bits `[out]`; of tokens `[num_tokens]`, if x has 8 bits too; and what the result is then."""
 
@@ -268,7 +262,7 @@ def _launch(
         x if scales is None or scales.tokens is None else scales.tokens,
         out,
         partial,
-        _arrivals(x.device),
+        arrivals(x.device),
         M,
         N,
         K,

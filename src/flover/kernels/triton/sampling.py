@@ -33,6 +33,8 @@ LOWEST = tl.constexpr(-2139095041)  # _key(-inf)
 # How far below the best score one can matter: noise spans -2.9 to 17.4; exp(-28) is no mass in fixed point.
 NOISE_SPAN = tl.constexpr(21.0)
 MASS_SPAN = tl.constexpr(28.0)
+# Rows of one tensor `[parameters, rows]`: their alignment changes with the number of rows. Each is read as a scalar.
+ROW_PARAMETERS = ("temperature", "random", "seeds", "choices", "positions", "top_k", "top_p", "min_p")
 
 
 @triton.jit
@@ -137,7 +139,7 @@ def _search(keys, n, low, high, target, best, MASS: tl.constexpr, BLOCK: tl.cons
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_PARAMETERS)
 def _tile_best(
     scores,  # [rows, vocab]
     stride,
@@ -181,7 +183,7 @@ def _merge(values, winners, tokens, finite, tiles, TILES: tl.constexpr, PDL: tl.
     tl.store(finite + row, good)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_PARAMETERS)
 def _peaks(
     scores,
     stride,
@@ -202,7 +204,7 @@ def _peaks(
     tl.store(peaks + row * groups + group, _key(_over_temperature(x, temperature, random, row)), mask=group < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_PARAMETERS)
 def _bound(
     peaks,
     random,
@@ -254,7 +256,7 @@ def _bound(
     tl.store(tally + row * 2 + tl.arange(0, 2), tl.full([2], 0, tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_PARAMETERS)
 def _collect(
     scores,
     stride,
@@ -287,7 +289,7 @@ def _collect(
         tl.atomic_add(tally + row * 2 + 1, tl.sum(mass, 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_PARAMETERS)
 def _select(
     random,
     seeds,
@@ -407,7 +409,7 @@ def draw(
     return tokens, finite
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_PARAMETERS)
 def _gumbel(seeds, choices, positions, purpose, out, vocab, TILE: tl.constexpr, PDL: tl.constexpr):
     grid_launch(PDL)
     grid_wait(PDL)

@@ -1,0 +1,340 @@
+"""The device side of attention: a loop over tiles of keys, shared by split-KV decode and by prefill in query tiles.
+
+Token t of an entry lies at `block_table[row, t // block_size] * block_size + t % block_size`; a slab is the case of one
+table column. Nothing past an entry's length is ever multiplied, so stale or poisoned memory cannot leak. K and V are
+converted to q's dtype as they are read, so a cache may be fp8. What varies from step to step (metadata, in a staging
+buffer at any offset) is not specialised on, or kernels would be compiled while serving; strides and the caches are, and
+head sizes are constants, so that K and V are read 16 bytes at a time. Launches: kernels/triton/attention.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flover.kernels.triton.common import grid_launch, grid_wait
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _slots(table, keys, inside, base, BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, EDGE: tl.constexpr):
+    """Flat cache index of each key, int64; base: of a slab's row."""
+    if CONTIGUOUS:
+        return base + keys
+    if EDGE:
+        block = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0)
+    else:
+        block = tl.load(table + keys // BLOCK_SIZE)
+    return block.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+
+
+@triton.jit
+def _load_tile(tile, inside, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+    """K or V `[BLOCK_N, BLOCK_D]`, zero outside; no mask where none is needed."""
+    if EDGE:
+        if BLOCK_D != HEAD_DIM:
+            return tl.load(tile, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(tile, mask=inside[:, None], other=0.0)
+    if BLOCK_D != HEAD_DIM:
+        return tl.load(tile, mask=(d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(tile)
+
+
+@triton.jit
+def _scores(s, keys, slopes, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """Scores in units of log2."""
+    if not SOFTCAP and not ALIBI:
+        return s * (scale * LOG2_E)
+    s = s * scale
+    if SOFTCAP:
+        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh
+    if ALIBI:
+        s += slopes[:, None] * keys[None, :]
+    return s * LOG2_E
+
+
+@triton.jit
+def _attend(
+    m,  # [M] maxima so far
+    total,  # [M] sums
+    acc,  # [M, BLOCK_D] unnormalised output
+    q,  # [M, BLOCK_D]
+    q_pos,  # [M] position of each query
+    slopes,
+    k_cache,
+    v_cache,
+    table,
+    base,
+    head,
+    begin,
+    end,  # keys
+    scale,
+    softcap,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    EDGE: tl.constexpr,  # the last tile may end before `end` does
+    MASKED: tl.constexpr,  # some query may not see some key: it comes later, or has left the window
+):
+    """Online softmax over keys [begin, end) in tiles of BLOCK_N; -> m, total, acc."""
+    d = tl.arange(0, BLOCK_D)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys < end
+        slots = _slots(table, keys, inside, base, BLOCK_SIZE, CONTIGUOUS, EDGE)
+        where = ((slots * KV_HEADS + head) * HEAD_DIM)[:, None] + d[None, :]
+        k = _load_tile(k_cache + where, inside, d, HEAD_DIM, BLOCK_D, EDGE).to(q.dtype)
+        v = _load_tile(v_cache + where, inside, d, HEAD_DIM, BLOCK_D, EDGE).to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = _scores(s, keys, slopes, scale, softcap, SOFTCAP, ALIBI)
+        if EDGE:
+            s = tl.where(inside[None, :], s, float("-inf"))
+        if MASKED:
+            visible = keys[None, :] <= q_pos[:, None]
+            if WINDOW > 0:
+                visible = visible & (keys[None, :] > q_pos[:, None] - WINDOW)
+            s = tl.where(visible, s, float("-inf"))
+        higher = tl.maximum(m, tl.max(s, 1))
+        safe = higher
+        if MASKED:
+            safe = tl.where(higher == float("-inf"), 0.0, higher)  # no key yet that this query sees
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(m - safe)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        m = higher
+    return m, total, acc
+
+
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["block_table", "rows", "seq_lens", "slopes_ptr"],
+)
+def decode(
+    q,
+    out,
+    k_cache,
+    v_cache,
+    block_table,
+    rows,
+    seq_lens,
+    slopes_ptr,
+    part_acc,  # [num_entries, kv_heads, SPLITS, group, HEAD_DIM]
+    part_m,  # [num_entries, kv_heads, SPLITS, 2, group]
+    arrived,  # [num_entries * kv_heads] int32, zero before and after
+    scale,
+    softcap,
+    stride_q,
+    stride_table,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a kv head, padded to 16
+    SPLITS: tl.constexpr,
+    SPLIT_UNIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program: a share of an entry's keys and one kv head, for all of its query heads."""
+    grid_launch(PDL)
+    head, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group: tl.constexpr = NUM_HEADS // KV_HEADS
+    grid_wait(PDL)
+    length = tl.load(seq_lens + entry)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
+    per_split = tl.cdiv(tl.cdiv(length - first, SPLITS), SPLIT_UNIT) * SPLIT_UNIT
+    used = tl.cdiv(length - first, tl.maximum(per_split, 1))
+    begin = first + split * per_split
+    if begin < length:
+        table = block_table + tl.load(rows + entry).to(tl.int64) * stride_table
+        base = tl.load(table).to(tl.int64) * BLOCK_SIZE
+        h = tl.arange(0, GROUP)
+        d = tl.arange(0, BLOCK_D)
+        real = h < group
+        q_head = head * group + h
+        mask = real[:, None] & (d < HEAD_DIM)[None, :]
+        q_tile = tl.load(
+            q + entry.to(tl.int64) * stride_q + q_head[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0
+        )
+        slopes = h.to(tl.float32)
+        if ALIBI:
+            slopes = tl.load(slopes_ptr + q_head, mask=real, other=0.0).to(tl.float32)
+        m, total, acc = _attend(
+            tl.full([GROUP], float("-inf"), tl.float32),
+            tl.zeros([GROUP], tl.float32),
+            tl.zeros([GROUP, BLOCK_D], tl.float32),
+            q_tile,
+            h,  # not read: the one query sees every key
+            slopes,
+            k_cache,
+            v_cache,
+            table,
+            base,
+            head,
+            begin,
+            tl.minimum(begin + per_split, length),
+            scale,
+            softcap,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_N,
+            BLOCK_SIZE,
+            CONTIGUOUS,
+            WINDOW,
+            SOFTCAP,
+            ALIBI,
+            EDGE=True,
+            MASKED=False,
+        )
+        o = out + (entry.to(tl.int64) * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
+        if SPLITS == 1:
+            tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        else:
+            if used == 1:
+                tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+            else:  # only real heads go through memory
+                unit = entry.to(tl.int64) * KV_HEADS + head
+                part = unit * SPLITS + split
+                tl.store(part_acc + (part * group + h[:, None]) * HEAD_DIM + d[None, :], acc, mask=mask)
+                tl.store(part_m + part * 2 * group + h, m, mask=real)
+                tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
+                tl.debug_barrier()
+                if tl.atomic_add(arrived + unit, 1, sem="acq_rel") == used - 1:
+                    m = tl.full([GROUP], float("-inf"), tl.float32)
+                    total = tl.zeros([GROUP], tl.float32)
+                    acc = tl.zeros([GROUP, BLOCK_D], tl.float32)
+                    for i in range(used):  # in order, so that the result is always the same
+                        other = unit * SPLITS + i
+                        m_i = tl.load(part_m + other * 2 * group + h, mask=real, other=0.0, cache_modifier=".cg")
+                        total_i = tl.load(
+                            part_m + (other * 2 + 1) * group + h, mask=real, other=1.0, cache_modifier=".cg"
+                        )
+                        acc_i = tl.load(
+                            part_acc + (other * group + h[:, None]) * HEAD_DIM + d[None, :],
+                            mask=mask,
+                            other=0.0,
+                            cache_modifier=".cg",
+                        )
+                        higher = tl.maximum(m, m_i)
+                        a, b = tl.exp2(m - higher), tl.exp2(m_i - higher)
+                        total = total * a + total_i * b
+                        acc = acc * a[:, None] + acc_i * b[:, None]
+                        m = higher
+                    tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+                    tl.store(arrived + unit, 0)
+
+
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=[
+        "block_table",
+        "rows",
+        "seq_lens",
+        "query_start",
+        "tile_entry",
+        "tile_start",
+        "slopes_ptr",
+    ],
+)
+def prefill(
+    q,
+    out,
+    k_cache,
+    v_cache,
+    block_table,
+    rows,
+    seq_lens,
+    query_start,
+    tile_entry,
+    tile_start,
+    slopes_ptr,
+    scale,
+    softcap,
+    stride_q,
+    stride_table,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program: a tile of an entry's queries and one query head.
+
+    Keys begin at a multiple of BLOCK_N, so that tiles of keys are the same for every query. Those that some query of
+    the tile does not see, at the diagonal and at the far edge of a window, are masked; what lies between is not.
+    """
+    grid_launch(PDL)
+    q_head, tile = tl.program_id(0), tl.program_id(1)
+    grid_wait(PDL)
+    entry = tl.load(tile_entry + tile)
+    if entry >= 0:
+        length = tl.load(seq_lens + entry)
+        first_query = tl.load(query_start + entry)
+        q_len = tl.load(query_start + entry + 1) - first_query
+        start = tl.load(tile_start + tile)
+        index = start + tl.arange(0, BLOCK_M)  # of the query within its entry
+        q_pos = index + (length - q_len)
+        mine = (index >= 0) & (index < q_len)
+        table = block_table + tl.load(rows + entry).to(tl.int64) * stride_table
+        base = tl.load(table).to(tl.int64) * BLOCK_SIZE
+        head = q_head // (NUM_HEADS // KV_HEADS)
+        d = tl.arange(0, BLOCK_D)
+        q_mask = mine[:, None] & (d < HEAD_DIM)[None, :]
+        token = (first_query + index).to(tl.int64)
+        q_tile = tl.load(q + token[:, None] * stride_q + q_head * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+        slopes = tl.zeros([BLOCK_M], tl.float32)
+        if ALIBI:
+            slopes += tl.load(slopes_ptr + q_head).to(tl.float32)
+        first = start + length - q_len  # position of the tile's first query; its last is at first + BLOCK_M - 1
+        end = tl.minimum(first + BLOCK_M, length)
+        begin = 0
+        if WINDOW > 0:
+            begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        diagonal = (first + 1) // BLOCK_N * BLOCK_N  # every query sees the keys before it, but for the window
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if WINDOW > 0:
+            left = begin  # keys that the last query no longer sees
+            begin = tl.cdiv(tl.maximum(first + BLOCK_M - WINDOW, 0), BLOCK_N) * BLOCK_N
+            begin = tl.minimum(begin, diagonal)
+            m, total, acc = _attend(
+                m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, left, begin, scale, softcap,
+                KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
+                EDGE=False, MASKED=True,
+            )  # fmt: skip
+        m, total, acc = _attend(
+            m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, begin, diagonal, scale, softcap,
+            KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
+            EDGE=False, MASKED=False,
+        )  # fmt: skip
+        m, total, acc = _attend(
+            m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, diagonal, end, scale, softcap,
+            KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
+            EDGE=True, MASKED=True,
+        )  # fmt: skip
+        o = out + (token[:, None] * NUM_HEADS + q_head) * HEAD_DIM + d[None, :]
+        tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
