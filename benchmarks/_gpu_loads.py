@@ -59,13 +59,13 @@ def warm(engine: Engine, bench: Bench) -> None:
     engine.run([(n, min(m, 32)) for n, m in lengths], arrivals)
 
 
-def poisson(bench: Bench, rates: Sequence[int], **settings: Any) -> list[dict[str, Any]]:
-    """Latency under load: 25 s of arrivals per rate, at most 400 requests; no bound, vLLM's numbers beside ours."""
+def poisson(bench: Bench, rates: Sequence[int], most: int = 300, **settings: Any) -> list[dict[str, Any]]:
+    """Latency under load: 25 s of arrivals per rate, `most` requests; no bound, vLLM's numbers beside ours."""
     engine = bench.engine(**settings)
     warm(engine, bench)
     rows = []
     for rate in rates:
-        count = bench.small(min(400, 25 * rate), 4)
+        count = bench.small(min(most, 25 * rate), 4)
         lengths, arrivals = poisson_trace(rate, count, min(bench.small(1900, 64), engine.max_model_len))
         gaps: list[float] = []
         seconds, done = engine.run(lengths, arrivals, gaps)
@@ -106,11 +106,13 @@ def throughput(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, 
     }
 
 
-def offline(bench: Bench, **settings: Any) -> dict[str, Any]:
-    """512 requests at once, prompts uniform 32-1024, outputs uniform 32-512."""
-    engine, rng = bench.engine(**settings), random.Random(0)
+def offline(bench: Bench, count: int = 512, **settings: Any) -> dict[str, Any]:
+    """`count` requests at once, a row for each, prompts uniform 32-1024, outputs uniform 32-512."""
+    engine, rng = bench.engine(max_num_seqs=count, **settings), random.Random(0)
     small = bench.small
-    lengths = [(rng.randint(small(32), small(1024)), rng.randint(small(32), small(512))) for _ in range(small(512, 4))]
+    lengths = [
+        (rng.randint(small(32), small(1024)), rng.randint(small(32), small(512))) for _ in range(small(count, 4))
+    ]
     engine.run([(n, min(m, 8)) for n, m in lengths[:64]])
     result = throughput(engine, lengths)
     print("offline", settings or "", result, flush=True)
@@ -131,8 +133,11 @@ def saturated(bench: Bench, count: int) -> dict[str, Any]:
 
 
 def modes(bench: Bench) -> dict[str, Any]:
-    """Every prefill mode on the Poisson load of 16 requests/s and on the offline trace."""
+    """Every prefill mode on a Poisson load of 16 requests/s and on the first half of the offline trace."""
     return {
-        mode: {"poisson": poisson(bench, [16], prefill_mode=mode)[0], "offline": offline(bench, prefill_mode=mode)}
+        mode: {
+            "poisson": poisson(bench, [16], 160, prefill_mode=mode)[0],
+            "offline": offline(bench, 256, prefill_mode=mode),
+        }
         for mode in CHOICES["prefill_mode"]
     }

@@ -26,9 +26,11 @@ def some(rows, shape, dtype, kind):
     return x, weight, scale, torch.randn(shape[0], device=DEVICE).to(dtype)
 
 
-def close(got, want, dtype, slack=1.0):
+def close(got, want, dtype, slack=1.0, kind=None):
+    """kind: of both factors; sums of fp8 products are kept in less than fp32 by the matrix unit."""
     assert got.dtype == want.dtype == dtype
-    assert (got.double() - want.double()).norm() <= slack * TOLERANCE[dtype] * want.double().norm()
+    tolerance = max(TOLERANCE[dtype], 3e-4) if kind == FP8 else TOLERANCE[dtype]
+    assert (got.double() - want.double()).norm() <= slack * tolerance * want.double().norm()
 
 
 def in_8_bits(x, kind, scale, quantise_x):
@@ -105,9 +107,10 @@ def test_every_way_of_a_layer(rows, shape, kind, quantise_x, dtype, monkeypatch)
     monkeypatch.setattr(quantised, "SLICE", 18)
     x, weight, scale, bias = some(rows, shape, dtype, kind)
     want = reference.quantised_linear(x, weight, scale, bias, quantise_x=quantise_x)
-    close(quantised.quantised_linear(x, weight, scale, bias, quantise_x=quantise_x), want, dtype, 2)
+    both = kind if quantise_x else None
+    close(quantised.quantised_linear(x, weight, scale, bias, quantise_x=quantise_x), want, dtype, 2, both)
     got = quantised.quantised_gated_linear(x, weight, scale, bias, "silu", quantise_x=quantise_x)
-    close(got, reference.gated(want, "silu"), dtype, 10)
+    close(got, reference.gated(want, "silu"), dtype, 10, both)
 
 
 @pytest.mark.parametrize("dtype", FAST)

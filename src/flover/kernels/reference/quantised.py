@@ -25,7 +25,8 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     an infinity has a scale that is not finite, so that its product is not either.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = wide.abs().amax(-1).clamp_min(SMALLEST) / LARGEST[dtype]
+    largest = wide.abs().amax(-1).clamp_min(SMALLEST)
+    scale = largest / torch.full_like(largest, LARGEST[dtype])  # by a scalar, a GPU would multiply with its inverse
     units = (wide / scale[:, None]).clamp(-LARGEST[dtype], LARGEST[dtype])
     return (units.round() if dtype == torch.int8 else units).to(dtype), scale
 

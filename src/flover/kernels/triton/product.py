@@ -254,6 +254,7 @@ def _launch(
     partial = torch.empty(t.split_k * M * N, dtype=torch.float32, device=x.device) if t.split_k > 1 else out
     even = width % t.block_n == 0 and K % (t.block_k * t.split_k) == 0
     assert even or not gate
+    line = 128 // weight.element_size()
     _linear[(triton.cdiv(width, t.block_n), t.split_k, triton.cdiv(M, block_m))](
         x,
         weight,
@@ -277,8 +278,8 @@ def _launch(
         SCALES=_kind(scales),
         ACC=tl.int32 if x.dtype == torch.int8 else tl.float32,
         PARTIAL=min(128, t.block_k) if x.dtype == torch.float8_e4m3fn else None,
-        LINE=128 // weight.element_size(),
-        AHEAD=AHEAD if even and AHEAD * t.block_k * t.split_k <= K else 0,
+        LINE=line,
+        AHEAD=AHEAD if even and line <= AHEAD * t.block_k <= K // t.split_k else 0,
         num_stages=t.num_stages,
         num_warps=t.num_warps,
         **launch_options(x.device),
