@@ -42,6 +42,7 @@ alone = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="needs th
 
 def free_memory() -> int:
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info()[0])
 
 
@@ -152,11 +153,9 @@ def test_slab_releases_and_regrows_under_graphs(reorder: str, tmp_path: Path, mo
 @alone
 def test_memory_is_freed_with_the_engine(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    trace(tmp_path, reorder="move")  # what is loaded once and stays
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = free_memory()
-    trace(tmp_path, reorder="move")
-    gc.collect()
-    torch.cuda.empty_cache()
-    assert before - free_memory() <= 64 * MIB
+    left = []
+    for _ in range(4):  # what is loaded once stays
+        trace(tmp_path, reorder="move")
+        gc.collect()
+        left.append(free_memory())
+    assert left[1] - left[3] <= 64 * MIB

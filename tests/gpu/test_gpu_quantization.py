@@ -34,7 +34,7 @@ def test_fp32_against_the_cpu(model: str, name: str) -> None:
         for x, y, p, q in zip(a.token_ids, b.token_ids, a.logprobs, b.logprobs):
             if x != y:
                 break
-            assert abs(p[x].logprob - q[y].logprob) < 0.2
+            assert abs(p[x].logprob - q[y].logprob) < 0.5
     assert sum(a.token_ids == b.token_ids for a, b in zip(cpu, gpu)) >= 5
 
 

@@ -55,6 +55,15 @@ def _scores(s, keys, slopes, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.co
 
 
 @triton.jit
+def _query(tile, k_cache):
+    """Queries in the type of the products: fp8 is exact in fp16 too, and becomes it in one instruction, not in five."""
+    if k_cache.dtype.element_ty == tl.float8e4nv and tile.dtype == tl.bfloat16:
+        return tile.to(tl.float16)
+    else:
+        return tile
+
+
+@triton.jit
 def _attend(
     m,  # [M] maxima so far
     total,  # [M] sums
@@ -171,6 +180,7 @@ def decode(
         q_tile = tl.load(
             q + entry.to(tl.int64) * stride_q + q_head[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0
         )
+        q_tile = _query(q_tile, k_cache)
         slopes = h.to(tl.float32)
         if ALIBI:
             slopes = tl.load(slopes_ptr + q_head, mask=real, other=0.0).to(tl.float32)
@@ -305,6 +315,7 @@ def prefill(
         q_mask = mine[:, None] & (d < HEAD_DIM)[None, :]
         token = (first_query + index).to(tl.int64)
         q_tile = tl.load(q + token[:, None] * stride_q + q_head * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+        q_tile = _query(q_tile, k_cache)
         slopes = tl.zeros([BLOCK_M], tl.float32)
         if ALIBI:
             slopes += tl.load(slopes_ptr + q_head).to(tl.float32)
