@@ -185,6 +185,7 @@ def elastic(monkeypatch: pytest.MonkeyPatch, driver: Any) -> KVStorage:
     monkeypatch.setattr(storage_module, "load_driver", lambda: driver)
     monkeypatch.setattr(storage_module, "_bytes_of", over)
     monkeypatch.setattr(storage_module, "_wait_for", lambda _: None)
+    monkeypatch.setattr("flover.kv.virtual_memory.CHUNKS", 32)  # a block each
     return KVStorage(*SHAPE, torch.bfloat16, torch.device("cuda", 0), "torch", elastic=True)
 
 
