@@ -59,7 +59,7 @@ def warm(engine: Engine, bench: Bench) -> None:
     engine.run([(n, min(m, 32)) for n, m in lengths], arrivals)
 
 
-def poisson(bench: Bench, rates: Sequence[int], most: int = 300, **settings: Any) -> list[dict[str, Any]]:
+def poisson(bench: Bench, rates: Sequence[int], most: int = 150, **settings: Any) -> list[dict[str, Any]]:
     """Latency under load: 25 s of arrivals per rate, `most` requests; no bound, vLLM's numbers beside ours."""
     engine = bench.engine(**settings)
     warm(engine, bench)

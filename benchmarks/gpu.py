@@ -194,7 +194,7 @@ def against_transformers(bench: Bench) -> dict[str, Any]:
     return result
 
 
-def parts(bench: Bench, batches: Sequence[int], count: int) -> dict[str, Callable[[], Any]]:
+def parts(bench: Bench, batches: Sequence[int], count: int, intervals: Sequence[float]) -> dict[str, Callable[[], Any]]:
     """Each part by its name, in an order that starts few engines."""
     return {
         "decode": lambda: decode(bench, batches),
@@ -202,7 +202,7 @@ def parts(bench: Bench, batches: Sequence[int], count: int) -> dict[str, Callabl
         "fusion": lambda: fusion(bench),
         "anatomy": lambda: anatomy(bench, [b for b in (1, 32, 128) if b <= max(batches)]),
         "offline": lambda: offline(bench),
-        "paper": lambda: paper(bench, (0.0, 0.02, 0.1, 0.5)),
+        "paper": lambda: paper(bench, intervals),
         "poisson": lambda: poisson(bench, (4, 16, 32)),
         "transformers": lambda: against_transformers(bench),
         "context": lambda: context(bench, [b for b in (1, 32) if b <= max(batches)], (512, 2000)),
@@ -212,7 +212,7 @@ def parts(bench: Bench, batches: Sequence[int], count: int) -> dict[str, Callabl
     }
 
 
-PARTS = tuple(parts(None, (), 0))  # type: ignore[arg-type]
+PARTS = tuple(parts(None, (), 0, ()))  # type: ignore[arg-type]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -221,6 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--batches", default="1,8,16,32,64,128,256")
     parser.add_argument("--saturated", type=int, default=256, help="requests of the part of that name")
+    parser.add_argument("--intervals", default="0,0.02,0.1,0.5", help="of the paper's workload, in seconds")
     parser.add_argument("--quantization", help="of EngineConfig, for every part")
     parser.add_argument("--kv-cache-dtype", help="of EngineConfig, for every part")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -229,6 +230,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_MODEL.json")
     args = parser.parse_args(argv)
     args.only, args.batches = args.only.split(","), [int(b) for b in args.batches.split(",")]
+    args.intervals = [float(interval) for interval in args.intervals.split(",")]
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     options = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
@@ -266,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result |= {"start_up_s": round(engine.start_up, 1), "parameters_read": bound.parameters}
         result |= {"weight_bytes": bound.weight_bytes, "kv_bytes_per_token": sum(bound.kv_bytes)}
         del engine
-        todo = parts(bench, args.batches, args.saturated)
+        todo = parts(bench, args.batches, args.saturated, args.intervals)
         for part in args.only:
             result[part] = todo[part]()
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def measure() -> dict[str, Any]:
     reserved = 1
     for slots in SLOTS:
         start = free()
-        spent = milliseconds(lambda: storage.apply([], [], slots))
+        spent = milliseconds(partial(storage.apply, [], [], slots))
         result["steps"].append({"from": reserved, "to": slots, "ms": spent, "bytes_back": free() - start})
         reserved = slots
     storage.apply([], [], 128)
