@@ -55,7 +55,8 @@ def mixed_shape(step: Shape, max_rows: int) -> Shape | None:
     if tokens is None or full is None:
         return None
     prefill = min(max(tokens // 8, 8), MAX_PREFILLS)
-    shape = Shape(tokens, min(32, full) if step.decode <= 32 else full, prefill, tokens // QUERY_TILE + 1 + prefill)
+    decode = min(b for b in (min(32, full), min(128, full), full) if b >= step.decode)
+    shape = Shape(tokens, decode, prefill, tokens // QUERY_TILE + 1 + prefill)
     return shape if step.prefill <= shape.prefill and step.tiles <= shape.tiles else None
 
 
