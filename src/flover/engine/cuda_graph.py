@@ -51,8 +51,8 @@ def decode_shape(rows: int, *, tiled: bool) -> Shape | None:
 def mixed_shape(step: Shape, max_rows: int) -> Shape | None:
     """The captured shape for a step with prefill; None if none holds it."""
     tokens = next((t for t in TOKENS if t >= step.tokens), None)
-    full = next((b for b in ROWS if b >= max_rows), None)
-    if tokens is None or full is None:
+    full = next((b for b in ROWS if b >= max_rows), ROWS[-1])
+    if tokens is None or step.decode > full:
         return None
     prefill = min(max(tokens // 8, 8), MAX_PREFILLS)
     decode = min(b for b in (min(32, full), min(128, full), full) if b >= step.decode)

@@ -1,0 +1,38 @@
+"""Shapes that CUDA graphs are captured for: each holds the step it is chosen for, and few serve all steps."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flover.engine.cuda_graph import ROWS, TOKENS, Shape, decode_shape, mixed_shape
+from flover.engine.staging import sections
+from flover.kernels.triton.attention import prefill_tiles
+
+
+@given(st.integers(1, 600), st.booleans())
+def test_decode_shapes_hold_their_rows(rows: int, tiled: bool) -> None:
+    shape = decode_shape(rows, tiled=tiled)
+    assert (shape is None) == (rows > ROWS[-1])
+    if shape is not None:
+        assert shape.tokens == shape.decode == shape.entries >= rows
+        assert shape.tiles == (shape.tokens if tiled else 0)
+        assert shape.decode == 1 or decode_shape(shape.decode, tiled=tiled) == shape
+
+
+@given(st.integers(1, 700), st.lists(st.integers(2, 900), min_size=1, max_size=80), st.data())
+def test_mixed_shapes_hold_their_steps(max_rows: int, chunks: list[int], data: st.DataObject) -> None:
+    decode = data.draw(st.integers(0, max_rows))
+    step = Shape(decode + sum(chunks), decode, len(chunks), len(prefill_tiles(chunks, decode)[0]))
+    shape = mixed_shape(step, max_rows)
+    if shape is None:
+        assert step.tokens > TOKENS[-1] or len(chunks) > 8 or decode > ROWS[-1]
+        return
+    assert all(mine >= wanted for mine, wanted in zip(shape, step))
+    parts = list(sections(shape).values())
+    assert all(a.stop <= b.start and b.start % 4 == 0 for a, b in zip(parts, parts[1:]))
+
+
+def test_few_shapes_serve_every_step() -> None:
+    steps = [Shape(d + n, d, 1, -(-n // 128)) for d in range(0, 257, 3) for n in range(2, 1500, 7)]
+    assert len({mixed_shape(step, 256) for step in steps}) <= 3 * len(TOKENS)
