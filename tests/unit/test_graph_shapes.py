@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ def test_mixed_shapes_hold_their_steps(max_rows: int, chunks: list[int], data: s
         return
     assert all(mine >= wanted for mine, wanted in zip(shape, step))
     parts = list(sections(shape).values())
-    assert all(a.stop <= b.start and b.start % 4 == 0 for a, b in zip(parts, parts[1:]))
+    assert all(a.stop <= b.start and b.start % 4 == 0 for a, b in itertools.pairwise(parts))
 
 
 def test_few_shapes_serve_every_step() -> None:
