@@ -68,6 +68,7 @@ class Engine:
         config = EngineConfig(str(path), load_format="dummy", enable_prefix_caching=False, **settings)
         self.core = EngineCore(config)
         self.start_up = time.perf_counter() - started
+        self.core.warm_up()
         self.settings = settings
         self._rng = random.Random(0)
         self.bound = Bound(self.core, limits)

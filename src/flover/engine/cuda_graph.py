@@ -26,7 +26,6 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 32
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 MAX_PREFILLS = 64
 QUERY_TILE = 128  # of the prefill kernel
-WARM_UP_SECONDS = 4.0
 
 
 class Shape(NamedTuple):
@@ -95,11 +94,12 @@ class StepGraphs:
             shape = decode_shape(step.decode, tiled=invariant)
         return shape if shape and shape.entries <= len(self._rows) and shape.tokens <= self._max_tokens else None
 
-    def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
+    def warm_up(self, seconds: float) -> None:
         """Compile and capture what is likely to be needed, until the time is over."""
         started = time.monotonic()
         for shape in self._likely():
-            self._capture(shape)
+            if shape not in self._forward:
+                self._capture(shape)
             if time.monotonic() - started > seconds:
                 break
         torch.cuda.current_stream().synchronize()

@@ -44,8 +44,12 @@ IMPORTS = process_age()  # seconds until this line, above which all of flover, t
 logger = logging.getLogger("flover")
 
 
+WARM_UP_SECONDS = 4.0  # of a start: with a filled Triton cache most step shapes
+
+
 class Executor(Protocol):
     def submit(self, plan: BatchPlan) -> Future[StepResult]: ...
+    def warm_up(self, seconds: float) -> None: ...
     def reset(self) -> None: ...
     def shutdown(self) -> None: ...
 
@@ -94,7 +98,7 @@ def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> 
 
         runner = GpuRunner(config, folder, times)
         with times.phase("graphs"):
-            runner.warm_up()
+            runner.warm_up(WARM_UP_SECONDS)
         return InlineExecutor(runner)
     return ThreadExecutor(partial(ModelRunner, config, folder, times=times))
 
@@ -171,6 +175,13 @@ class EngineCore:
         self._executor = executor or make_executor(self.resolved, self.folder, self.startup_times)
         self._in_flight: deque[tuple[Step, Future[StepResult]]] = deque()
         self._depth = config.overlap_depth
+
+    def warm_up(self, seconds: float = 60.0) -> None:
+        """Compile kernels and capture all likely step shapes now, not only those that a start has time for.
+
+        Only while nothing runs. seconds: begins nothing new after them.
+        """
+        self._executor.warm_up(seconds)
 
     def check(self, request: Request) -> None:
         """ValueError if a request could never be served: too long for the context or for the cache."""

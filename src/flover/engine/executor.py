@@ -23,6 +23,7 @@ class Pending(Protocol):
 
 class Runner(Protocol):
     def execute(self, plan: BatchPlan) -> StepResult | Pending: ...
+    def warm_up(self, seconds: float) -> None: ...
     def reset(self) -> None: ...
 
 
@@ -70,6 +71,9 @@ class InlineExecutor:
             future.set_exception(error)
         return future
 
+    def warm_up(self, seconds: float) -> None:
+        self._runner.warm_up(seconds)
+
     def reset(self) -> None:
         self._runner.reset()
         self._failed = False
@@ -103,6 +107,10 @@ class ThreadExecutor:
         except BaseException:
             self._failed = True
             raise
+
+    def warm_up(self, seconds: float) -> None:
+        """See the runner's."""
+        self._worker.submit(self._runner.warm_up, seconds).result()
 
     def reset(self) -> None:
         """After a failure, once every future has been seen: the runner forgets all rows and accepts plans again."""

@@ -51,10 +51,12 @@ class GpuRunner(ModelRunner):
         torch.cuda.current_stream().synchronize()  # the weights are there before another stream reads them
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile kernels and capture graphs ahead of the first request, for a few seconds at most."""
-        with torch.cuda.stream(self._lane.stream):
-            self._lane.graphs.warm_up()
+    def warm_up(self, seconds: float) -> None:
+        """Compile kernels and capture graphs before they are needed; begins nothing new after `seconds`."""
+        for lane in (self._lane, self._side):
+            if lane is not None:
+                with torch.cuda.stream(lane.stream):
+                    lane.graphs.warm_up(seconds)
 
     @torch.inference_mode()
     def capture_largest(self) -> None:

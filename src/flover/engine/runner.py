@@ -103,6 +103,9 @@ class ModelRunner:
         self.edited.clear()
         self.sampler.leave(list(range(rows)))
 
+    def warm_up(self, seconds: float) -> None:
+        """Nothing is compiled for these kernels."""
+
     def empty_result(self) -> StepResult:
         return StepResult(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_))
 
