@@ -312,8 +312,8 @@ class MemoryPlan(NamedTuple):
 
     def __str__(self) -> str:
         left = human(self.free - self.weights - self.step - self.kv)
-        parts = f"weights {human(self.weights)}, largest step {human(self.step)}, KV cache {human(self.kv)}"
-        return f"{human(self.free)} free: {parts}, {left} left"
+        step = f"largest step {human(self.step)}, " if self.step else ""  # not measured on a CPU
+        return f"{human(self.free)} free: weights {human(self.weights)}, {step}KV cache {human(self.kv)}, {left} left"
 
 
 @dataclass(frozen=True, slots=True)

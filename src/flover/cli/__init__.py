@@ -6,12 +6,14 @@ by commands that need it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 import flover
 from flover.cli.options import with_options
@@ -109,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # text that the terminal's encoding lacks is no error
+    if sys.stderr.isatty():
+        _show_log()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         result = app(args=arguments, prog_name="flover", standalone_mode=False)
@@ -124,6 +128,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if usage is None:
             raise
         return _fail(usage())
+
+
+class _Dim(logging.Handler):
+    """What the engine says about itself, such as the memory plan before it takes any; for a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(record.getMessage(), style="dim", markup=False)
+
+
+def _show_log() -> None:
+    logger = logging.getLogger("flover")
+    logger.addHandler(_Dim())
+    logger.setLevel(logging.INFO)
 
 
 def _fail(message: str) -> int:

@@ -46,7 +46,7 @@ def run_generate(
         base = base_params(llm, sampling, MAX_TOKENS)
         if explain:
             print_settings(llm, base, sampling)
-        print_startup(llm, explain)
+            print_startup(llm)
         prepared = [job.prepare(llm, base) for job in jobs]
         results = None if output is None else OutputFile(output, jobs)
         if results is not None:
@@ -101,17 +101,14 @@ def _print_summary(llm: LLM, done: Sequence[RequestOutput], file: Any) -> None:
     )
 
 
-def print_startup(llm: LLM, explain: bool) -> None:
-    """What the start took, on stderr: a table under --explain, else one line, on a terminal only."""
-    times = llm.startup_times
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if explain:
-        table = Table("start-up", "seconds", "", box=None, pad_edge=False)
-        for name, seconds, amount in (*times.table(), ("total", times.total, "")):
-            table.add_row(name, f"{seconds:.2f}", amount)
-        console.print(table)
-    elif console.is_terminal:
-        console.print(str(times), style="dim")
+def print_startup(llm: LLM) -> None:
+    """--explain: the memory plan, and what the start took."""
+    console, times = Console(stderr=True, highlight=False, soft_wrap=True), llm.startup_times
+    console.print(f"memory: {llm.engine.core.resolved.memory}")
+    table = Table("start-up", "seconds", "", box=None, pad_edge=False)
+    for name, seconds, amount in (*times.table(), ("total", times.total, "")):
+        table.add_row(name, f"{seconds:.2f}", amount)
+    console.print(table)
 
 
 def print_settings(llm: LLM, params: SamplingParams, given: Mapping[str, Any]) -> None:
