@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "LLM": "flover.llm",
+    "AsyncLLM": "flover.async_llm",
     "LLMEngine": "flover.engine.llm_engine",
     "SamplingParams": "flover.request",
     "EngineConfig": "flover.config",
@@ -21,6 +22,7 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
+    from flover.async_llm import AsyncLLM as AsyncLLM
     from flover.config import EngineConfig as EngineConfig
     from flover.engine.llm_engine import LLMEngine as LLMEngine
     from flover.llm import LLM as LLM

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-from flover.config import EngineConfig
-from flover.engine.engine import EngineCore
+from flover.config import EngineConfig, ResolvedConfig
 from flover.engine.inputs import InputProcessor, Prompt
+from flover.engine.step import StepOutput
 from flover.metrics import StepStats
 from flover.request import (
     CompletionOutput,
@@ -23,9 +25,27 @@ from flover.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from flover.startup import StartupTimes
 from flover.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 
 logger = logging.getLogger("flover")
+
+
+class Core(Protocol):
+    """`EngineCore`, here or in another process."""
+
+    folder: Path
+    resolved: ResolvedConfig
+    startup_times: StartupTimes
+
+    def check(self, request: Request) -> None: ...
+    def add(self, request: Request) -> None: ...
+    def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None: ...
+    def has_unfinished(self) -> bool: ...
+    def step(self) -> StepOutput: ...
+    def shutdown(self) -> None: ...
+
+
 CONTEXT_TOKENS = 6  # of the prompt, which decide on the first output's leading space
 
 
@@ -89,14 +109,18 @@ class LLMEngine:
 
     Args:
         config: the settings; resolved against checkpoint and machine by the core.
-        core: for tests.
+        core: by default an `EngineCore` in this process.
 
     Raises:
         ValueError: anything wrong with the checkpoint or the settings, in one line.
     """
 
-    def __init__(self, config: EngineConfig, core: EngineCore | None = None) -> None:
-        self.core = core or EngineCore(config)
+    def __init__(self, config: EngineConfig, core: Core | None = None) -> None:
+        if core is None:
+            from flover.engine.engine import EngineCore  # imports torch, which a front does not need
+
+            core = EngineCore(config)
+        self.core = core
         self.folder = self.core.folder
         with self.core.startup_times.phase("tokenizer"):
             self.tokenizer = Tokenizer.from_folder(self.folder)

@@ -48,6 +48,25 @@ class _Lengths(Mapping[str, int]):
         return len(self._rows)
 
 
+def max_computed(request: Request) -> int:
+    """Tokens computed in all: the last output is sampled, never computed."""
+    return request.num_prompt_tokens + request.max_output_tokens - 1
+
+
+def check_size(request: Request, config: SchedulerConfig, kv: KVConfig) -> None:
+    """ValueError if a request could never run: too long for the context, or for the cache (what fits is said)."""
+    prompt, tokens, context = request.num_prompt_tokens, max_computed(request), config.max_model_len
+    room = kv.block_size * (kv.num_blocks if kv.layout == "paged" else 1)
+    if tokens > context:
+        raise ValueError(f"a prompt of {prompt} tokens is longer than the context of {context}")
+    if tokens > room:
+        fits = f"max_tokens={room - prompt + 1} would" if prompt <= room else "the prompt alone cannot"
+        raise ValueError(
+            f"{prompt} prompt tokens and up to {request.max_output_tokens} output tokens can never fit "
+            f"the KV cache of {room} tokens; {fits}"
+        )
+
+
 class Scheduler:
     """See the module. `clock` gives seconds; `kv` is the layout's host allocator.
 
@@ -55,7 +74,7 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, kv_config: KVConfig, kv: KVLayout, clock: Callable[[], float]) -> None:
-        self.config, self.kv, self.clock = config, kv, clock
+        self.config, self.kv, self.clock, self._kv_config = config, kv, clock, kv_config
         self.policy = Policy(config.policy, config.order)
         self.paged = kv_config.layout == "paged"
         self.prefix_caching = kv_config.prefix_caching
@@ -91,17 +110,8 @@ class Scheduler:
         self._enqueue(request)
 
     def check(self, request: Request) -> None:
-        """ValueError if a request could never run: too long for the context, or for the cache (what fits is said)."""
-        prompt, context = request.num_prompt_tokens, self.config.max_model_len
-        if self._max_computed(request) > context:
-            raise ValueError(f"a prompt of {prompt} tokens is longer than the context of {context}")
-        if not self.kv.fits(self._max_computed(request)):
-            room = self.kv.block_size * (self.kv.num_blocks if self.paged else 1)
-            fits = f"max_tokens={room - prompt + 1} would" if prompt <= room else "the prompt alone cannot"
-            raise ValueError(
-                f"{prompt} prompt tokens and up to {request.max_output_tokens} output tokens can never fit "
-                f"the KV cache of {room} tokens; {fits}"
-            )
+        """See `check_size`."""
+        check_size(request, self.config, self._kv_config)
 
     def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a live request from outside: abort, or a stop string found in its text. Unknown ids are ignored."""
@@ -343,7 +353,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.num_waiting -= 1
         cached, known = grant.num_cached_tokens, len(request.token_ids)
-        self.table.append(request, computed=cached, limit=self._max_computed(request), capacity=grant.capacity)
+        self.table.append(request, computed=cached, limit=max_computed(request), capacity=grant.capacity)
         tables.append((request, grant.start, grant.block_ids))
         prompt = request.num_prompt_tokens
         history = (request.token_ids[:prompt], request.token_ids[prompt:]) if request.sampling.needs_history else None
@@ -487,8 +497,3 @@ class Scheduler:
         if len(request.prompt_logprob_list or ()) < request.num_prompt_tokens:
             request.prompt_logprob_list = None  # scored in part: the recomputation scores them all
         self._enqueue(request)
-
-    @staticmethod
-    def _max_computed(request: Request) -> int:
-        """Tokens computed in all: the last output is sampled, never computed."""
-        return request.num_prompt_tokens + request.max_output_tokens - 1

@@ -1,0 +1,119 @@
+"""The engine in a process of its own: `python -m flover.engine.process FD`, started by `engine.remote`.
+
+It reads requests on a thread, so that the front is never kept waiting by a step, steps while there is work, and ends
+with its parent: when the socket closes, and on Linux also when the parent dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+from flover.engine.engine import EngineCore
+from flover.engine.step import StepOutput
+from flover.engine.wire import Connection, Ended, Failed, Finish, NewRequest, Ready, Start, Stepped, ToEngine
+from flover.request import FinishReason
+
+logger = logging.getLogger("flover")
+PR_SET_PDEATHSIG = 1
+
+
+class EngineProcess:
+    """A core, driven by messages. `inbox`: what was received; None ends it."""
+
+    def __init__(self, core: EngineCore, connection: Connection, inbox: SimpleQueue[Any]) -> None:
+        self._core, self._connection, self._inbox = core, connection, inbox
+
+    def run(self) -> None:
+        """Until the front goes."""
+        core = self._core
+        while True:
+            while not self._inbox.empty() or not core.has_unfinished():
+                message = self._inbox.get()
+                if message is None:
+                    return
+                self._take(message)
+            self._connection.send(_stepped(core.step()))
+
+    def _take(self, message: NewRequest | Finish) -> None:
+        if isinstance(message, Finish):
+            self._core.finish(message.request_id, message.reason, message.stop_reason)
+        else:
+            sibling = self._core.scheduler.requests.get(message.sibling) if message.sibling else None
+            request = message.request(sibling)
+            try:
+                self._core.add(request)
+            except ValueError as error:  # the front has checked; were it wrong, one request must not end the others
+                request.finish_reason, request.error = FinishReason.ERROR, str(error)
+                self._connection.send(_stepped(StepOutput(finished=[request])))
+
+
+def _stepped(output: StepOutput) -> Stepped:
+    first, logprobs, prompt_logprobs = {}, {}, {}
+    for i, request in enumerate(output.requests):
+        if request.logprobs:
+            logprobs[i] = request.logprobs[-1]
+        if request.num_output_tokens == 1:
+            first[i] = request.first_scheduled_time, request.first_token_time, request.num_cached_tokens
+            if request.prompt_logprob_list:
+                prompt_logprobs[i] = request.prompt_logprob_list
+    return Stepped(
+        [request.request_id for request in output.requests],
+        output.token_ids,
+        [Ended.of(request) for request in output.finished],
+        first,
+        logprobs,
+        prompt_logprobs,
+        output.stats,
+    )
+
+
+def _read(connection: Connection, inbox: SimpleQueue[Any]) -> None:
+    try:
+        while True:
+            for message in connection.receive():
+                inbox.put(message)
+    except EOFError:
+        inbox.put(None)
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # it died before that
+            sys.exit(1)
+
+
+def main(fd: int) -> int:
+    """-> exit code."""
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's business
+    connection = Connection(socket.socket(fileno=fd), ToEngine)
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="flover-inbox").start()
+    first = inbox.get()
+    if not isinstance(first, Start):
+        return 1
+    try:
+        core = EngineCore(first.config)
+    except ValueError as error:
+        connection.send(Failed(str(error)))
+        return 1
+    times = core.startup_times
+    connection.send(Ready(str(core.folder), core.resolved, times.seconds, times.nbytes))
+    with suppress(OSError):  # the front is gone
+        EngineProcess(core, connection, inbox).run()
+    core.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,156 @@
+"""`RemoteCore`: an `EngineCore` in another process, as `LLMEngine` sees one. Imports no torch.
+
+The front keeps a `Request` of its own for each that the engine has, and brings it up to date by what the engine
+reports. One that the front has ended (a stop string, an abort) takes no more tokens, though some may be on their way.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flover.config import EngineConfig
+from flover.engine.scheduler import check_size
+from flover.engine.step import StepOutput
+from flover.engine.wire import Connection, Ended, Failed, Finish, FromEngine, NewRequest, Ready, Start, Stepped
+from flover.request import FinishReason, Request, RequestStatus
+from flover.startup import StartupTimes
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's process has ended; nothing more will come."""
+
+
+class RemoteCore:
+    """Starts the process and waits until it is ready.
+
+    Raises:
+        ValueError: what `EngineCore` raises. EngineDeadError: the process ended instead.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        mine, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "flover.engine.process", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+        self._connection = Connection(mine, FromEngine)
+        self._messages: deque[Any] = deque()
+        self._requests: dict[str, Request] = {}  # until the engine has reported their end
+        self.clock = time.monotonic
+        self._send(Start(config))
+        ready = self._next()
+        if isinstance(ready, Failed):
+            self.shutdown()
+            raise ValueError(ready.message)
+        assert isinstance(ready, Ready)
+        self.folder, self.resolved = Path(ready.folder), ready.resolved
+        self.startup_times = StartupTimes()
+        self.startup_times.seconds, self.startup_times.nbytes = ready.seconds, ready.nbytes
+
+    # ---- as EngineCore -----------------------------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """ValueError if a request could never be served: too long for the context or for the cache."""
+        check_size(request, self.resolved.scheduler, self.resolved.kv)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ValueError if its id is live or it could never be served."""
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id {request.request_id!r} is already running")
+        self.check(request)
+        request.arrival_time = request.arrival_time or self.clock()
+        self._requests[request.request_id] = request
+        self._send(NewRequest.of(request))
+
+    def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a live request (abort, stop string); unknown or finished ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is None or request.finished:
+            return
+        request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
+        request.finish_time = request.last_token_time = self.clock()
+        self._send(Finish(request_id, reason, stop_reason))
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def step(self) -> StepOutput:
+        """What the engine's next step gave; waits for it."""
+        return self._take_in(self._next())
+
+    def shutdown(self) -> None:
+        """End the process; what is in flight is dropped."""
+        self._connection.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    # ---- the connection ----------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Readable when `receive` would not wait."""
+        return self._connection.socket.fileno()
+
+    def receive(self) -> bool:
+        """Read what has come; whether `step` has something to give without waiting.
+
+        Raises:
+            EngineDeadError: the process has ended.
+        """
+        try:
+            self._messages += self._connection.receive()
+        except EOFError:
+            code = self._process.wait()
+            raise EngineDeadError(f"the engine's process has ended, exit code {code}") from None
+        return bool(self._messages)
+
+    @property
+    def pending(self) -> bool:
+        """Whether `step` would return at once."""
+        return bool(self._messages)
+
+    def _next(self) -> Any:
+        while not self._messages:
+            self.receive()
+        return self._messages.popleft()
+
+    def _send(self, message: Any) -> None:
+        with suppress(OSError):  # it is gone, which `receive` will say
+            self._connection.send(message)
+
+    def _take_in(self, message: Stepped) -> StepOutput:
+        output = StepOutput(stats=message.stats)
+        for i, (request_id, token) in enumerate(zip(message.request_ids, message.token_ids)):
+            request = self._requests[request_id]
+            if request.finished:
+                continue
+            request.token_ids.append(token)
+            if i in message.first:
+                request.first_scheduled_time, request.first_token_time, request.num_cached_tokens = message.first[i]
+            if i in message.logprobs and request.logprobs is not None:
+                entry = message.logprobs[i]
+                request.logprobs.append(entry)
+                request.cumulative_logprob += entry[token].logprob
+            if i in message.prompt_logprobs:
+                request.prompt_logprob_list = message.prompt_logprobs[i]
+            output.requests.append(request)
+            output.token_ids.append(token)
+        output.finished = [self._end(ended) for ended in message.ended]
+        return output
+
+    def _end(self, ended: Ended) -> Request:
+        request = self._requests.pop(ended.request_id)
+        if not request.finished:  # else the front has said why
+            request.status = RequestStatus.FINISHED
+            request.finish_reason, request.stop_reason = ended.reason, ended.stop_reason
+        for name in Ended.__struct_fields__[3:]:
+            setattr(request, name, getattr(ended, name))
+        return request

@@ -1,0 +1,177 @@
+"""What the front and the engine's process say to each other: msgspec structs in frames on a socket. No pickle.
+
+A frame is its length, four bytes, big-endian, and one msgpack message. The front sends requests and endings; the engine
+answers with one message a step for all rows.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import msgspec
+
+from flover.config import EngineConfig, ResolvedConfig
+from flover.metrics import StepStats
+from flover.request import FinishReason, Request, RowSampling, TokenLogprobs
+
+HEADER = struct.Struct(">I")
+CHUNK = 1 << 18  # bytes of a read
+
+
+class Start(msgspec.Struct, array_like=True, tag="start"):
+    """The first message to an engine."""
+
+    config: EngineConfig
+
+
+class NewRequest(msgspec.Struct, array_like=True, tag="new"):
+    """The part of a `Request` that the engine needs."""
+
+    request_id: str
+    token_ids: list[int]
+    sampling: RowSampling
+    max_output_tokens: int
+    stop_token_ids: list[int]
+    eos_token_ids: list[int]
+    prompt_logprobs: int
+    priority: int
+    cache_salt: str
+    arrival_time: float
+    sibling: str | None
+
+    @classmethod
+    def of(cls, request: Request) -> NewRequest:
+        return cls(
+            request.request_id,
+            request.token_ids,
+            request.sampling,
+            request.max_output_tokens,
+            sorted(request.stop_token_ids),
+            sorted(request.eos_token_ids),
+            request.prompt_logprobs,
+            request.priority,
+            request.cache_salt,
+            request.arrival_time,
+            None if request.sibling is None else request.sibling.request_id,
+        )
+
+    def request(self, sibling: Request | None) -> Request:
+        """sibling: the request of that id, if it still lives."""
+        return Request(
+            self.request_id,
+            self.token_ids,
+            self.sampling,
+            self.max_output_tokens,
+            frozenset(self.stop_token_ids),
+            frozenset(self.eos_token_ids),
+            self.prompt_logprobs,
+            self.priority,
+            self.cache_salt,
+            self.arrival_time,
+            sibling,
+            logprobs=[] if self.sampling.logprobs >= 0 else None,
+        )
+
+
+class Finish(msgspec.Struct, array_like=True, tag="finish"):
+    """End a request: abort, or a stop string that the front found."""
+
+    request_id: str
+    reason: FinishReason
+    stop_reason: int | str | None = None
+
+
+class Ready(msgspec.Struct, array_like=True, tag="ready"):
+    """The engine has started."""
+
+    folder: str
+    resolved: ResolvedConfig
+    seconds: dict[str, float]  # of the start, by phase
+    nbytes: dict[str, int]
+
+
+class Failed(msgspec.Struct, array_like=True, tag="failed"):
+    """It has not, and why in one line."""
+
+    message: str
+
+
+class Ended(msgspec.Struct, array_like=True):
+    """A request that is over, with all that the front does not know of it."""
+
+    request_id: str
+    reason: FinishReason | None
+    stop_reason: int | str | None
+    error: str | None
+    num_cached_tokens: int
+    num_preemptions: int
+    cumulative_logprob: float
+    first_scheduled_time: float
+    first_token_time: float
+    last_token_time: float
+    finish_time: float
+
+    @classmethod
+    def of(cls, request: Request) -> Ended:
+        return cls(request.request_id, request.finish_reason, *(getattr(request, n) for n in cls.__struct_fields__[2:]))
+
+
+class Stepped(msgspec.Struct, array_like=True, tag="stepped"):
+    """What a step gave. Dicts are by place among `request_ids`.
+
+    first: of those whose first token this is, when they were scheduled, when it came, and their cached prompt tokens.
+    logprobs, prompt_logprobs: of those that want them.
+    """
+
+    request_ids: list[str]
+    token_ids: list[int]
+    ended: list[Ended]
+    first: dict[int, tuple[float, float, int]]
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, list[TokenLogprobs | None]]
+    stats: StepStats | None
+
+
+ToEngine: TypeAlias = Start | NewRequest | Finish
+FromEngine: TypeAlias = Ready | Failed | Stepped
+
+
+class Connection:
+    """One end of a socket. `kinds`: a union of what the other side sends."""
+
+    def __init__(self, end: socket.socket, kinds: Any) -> None:
+        self.socket = end
+        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(kinds)
+        self._buffer = bytearray()
+
+    def send(self, message: Any) -> None:
+        """OSError if the other side is gone."""
+        data = self._encoder.encode(message)
+        self.socket.sendall(HEADER.pack(len(data)) + data)
+
+    def receive(self) -> Iterator[Any]:
+        """Wait for bytes once; the messages that they complete.
+
+        Raises:
+            EOFError: the other side has closed, or is gone.
+        """
+        try:
+            data = self.socket.recv(CHUNK)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise EOFError
+        self._buffer += data
+        while len(self._buffer) >= HEADER.size:
+            end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
+            if len(self._buffer) < end:
+                return
+            message = self._decoder.decode(memoryview(self._buffer)[HEADER.size : end])
+            del self._buffer[:end]
+            yield message
+
+    def close(self) -> None:
+        self.socket.close()
