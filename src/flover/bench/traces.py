@@ -142,7 +142,7 @@ WORKLOADS = {
     "uniform": Workload(
         Uniform(100, 1024),
         Uniform(100, 1024),
-        "nano-vllm, mini-sglang: offline benchmark of 256 requests",
+        "nano-vllm, mini-sglang: offline benchmark",
         SEEN,
         "exact",
     ),

@@ -43,7 +43,7 @@ class Interval:
         check(0 <= self.seconds < math.inf, "the interval", "at least 0 s", self.seconds)
 
     def draw(self, count: int, rng: np.random.Generator) -> Floats:
-        return np.arange(count) * float(self.seconds)
+        return np.arange(count, dtype=np.float64) * self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +251,9 @@ def _whole(lengths: Floats) -> list[int]:
     return [int(n) for n in np.maximum(np.rint(lengths), 1).tolist()]
 
 
-def stream(seed: int, stream: int) -> np.random.Generator:
-    return np.random.defaultstream([seed, stream])
+def stream(seed: int, number: int) -> np.random.Generator:
+    """One of the streams of a seed."""
+    return np.random.default_rng([seed, number])
 
 
 def check(good: bool, what: str, rule: str, value: object) -> None:
