@@ -26,6 +26,7 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 32
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 MAX_PREFILLS = 64
 QUERY_TILE = 128  # of the prefill kernel
+WARM_UP_SECONDS = 4.0  # of a start: with a filled Triton cache most shapes
 
 
 class Shape(NamedTuple):

@@ -20,6 +20,7 @@ from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
 from flover.engine.lane import RING, Lane
 from flover.engine.runner import Batch, Mask, ModelRunner
 from flover.layers.sampler import SamplerOutput
+from flover.models.base import CausalLM
 from flover.startup import StartupTimes
 
 
@@ -37,8 +38,14 @@ class Pending:
 class GpuRunner(ModelRunner):
     """As `ModelRunner`, for the Triton backend."""
 
-    def __init__(self, config: ResolvedConfig, folder: Path, times: StartupTimes | None = None) -> None:
-        super().__init__(config, folder, "triton", times)
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        folder: Path,
+        times: StartupTimes | None = None,
+        model: CausalLM | None = None,
+    ) -> None:
+        super().__init__(config, folder, "triton", times, model)
         self.max_rows, blocks = self.tables.shape
         self.block_table = torch.zeros(self.max_rows, blocks, dtype=torch.int32, device=self.device)
         sizes = config.scheduler.max_num_batched_tokens, config.model.vocab_size, getattr(torch, config.engine.dtype)
