@@ -48,10 +48,11 @@ class Figure:
     image: str | None = None
 
     @property
-    def headline(self) -> list[tuple[str, Any, Any]]:
-        """What the summary shows: every pair where they are few, else the last (the largest load)."""
-        pairs = [c for c in self.compared if c[1] is not None and c[2] is not None] or self.compared
-        return pairs if len(pairs) <= 2 else pairs[-1:]
+    def headline(self) -> tuple[str, Any, Any] | None:
+        """What the summary shows: of the pairs that can be compared, the one with the paper's largest number."""
+        pairs = [pair for pair in self.compared if None not in pair] or self.compared
+        numbers = [pair for pair in pairs if isinstance(pair[1], int | float)]
+        return max(numbers, key=lambda pair: pair[1], default=pairs[0] if pairs else None)
 
 
 def report(folder: Path, output: Path) -> int:
@@ -78,7 +79,9 @@ def report(folder: Path, output: Path) -> int:
         raise ValueError(f"{folder} holds no figure: flover bench paper --output {folder} makes them")
     figures.sort(key=lambda f: (ORDER.index(f.id) if f.id in ORDER else len(ORDER), f.id))
     for figure in figures:
-        gaps += figure.gaps or [(figure.id, " ".join([figure.verdict_text, *figure.notes]))] * (figure.verdict == "gap")
+        gaps += figure.gaps or [(figure.id, " ".join([figure.verdict_text, *figure.notes]).strip())] * (
+            figure.verdict == "gap"
+        )
     gaps += [(name, "not run") for name in ORDER if not any(f.id.split("-")[0] == name for f in figures)]
     partial = Path(f"{output}.partial")
     partial.write_text(_render(figures, timelines, gaps), encoding="utf-8")
@@ -121,8 +124,11 @@ def cell(value: Any) -> str:
 
 
 def _figure(raw: Mapping[str, Any], image: Path) -> Figure:
-    text = cell(raw.get("gap") or raw.get("verdict") or "unknown")
-    word = "gap" if raw.get("gap") else VERDICTS.get(text.lower().split()[0].strip(",.:;"), "unknown")
+    text = cell(raw.get("gap") or raw.get("verdict") or "")
+    first, _, rest = text.partition(":") if ":" in text else text.partition(" ")
+    word = "gap" if raw.get("gap") else VERDICTS.get(first.strip(" .,;").lower(), "unknown")
+    if word != "unknown" and not raw.get("gap"):
+        text = rest.strip()  # the page shows the first word as a badge
     notes = raw.get("notes") or []
     hardware = raw.get("environment") or {}
     facts = [(key, cell(value)) for key, value in hardware.items() if value is not None and key != "command"]
@@ -140,7 +146,7 @@ def _figure(raw: Mapping[str, Any], image: Path) -> Figure:
     )
     for key, value in raw.items():
         if key not in KNOWN or (is_rows(value) and key != "gaps"):
-            figure.tables += tables_of("" if key == "data" else key, value)
+            figure.tables += tables_of("" if key in ("data", "rows") else key, value)
     for gap in raw.get("gaps") or []:
         what = ", ".join(cell(value) for key, value in gap.items() if key != "why") if isinstance(gap, dict) else ""
         figure.gaps.append((f"{figure.id} {what}".strip(), cell(gap.get("why") if isinstance(gap, dict) else gap)))

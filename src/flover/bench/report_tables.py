@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SERIES = ("system", "policy", "mode", "reorder", "plan", "layout")  # key columns that name the lines of a chart
-PLAIN = ("tokens", "gaps")  # tables of these names are not drawn
+PLAIN = ("tokens",)  # rows of these names are not drawn
+UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "x": "ratio"}
 MAX_ROWS = 2000  # of a table; of a longer one every k-th row
 MAX_LINES = 8
 
@@ -47,7 +48,7 @@ def tables_of(name: str, value: Any) -> Iterator[Table]:
     if is_rows(value):
         names = list(dict.fromkeys(key for row in value for key in row))
         flat = [key for key in names if not any(isinstance(row.get(key), dict | list) for row in value)]
-        yield _table(name, flat, [[row.get(key) for key in flat] for row in value])
+        yield _table(name, flat, [[row.get(key) for key in flat] for row in value], name not in PLAIN)
     elif isinstance(value, dict) and value:
         lists = [inner for inner in value.values() if isinstance(inner, list) and inner]
         if len(lists) == len(value) and all(map(_is_curve, lists)):
@@ -60,7 +61,7 @@ def tables_of(name: str, value: Any) -> Iterator[Table]:
             if loose:
                 yield Table(name, ["what", "value"], loose)
             for key, inner in value.items():
-                yield from tables_of(f"{name} {key}".strip(), inner)
+                yield from tables_of(f"{name} {key if key != 'rows' else ''}".strip(), inner)
 
 
 def _is_number(value: Any) -> bool:
@@ -75,9 +76,9 @@ def _is_flat(columns: Sequence[Sequence[Any]]) -> bool:
     return not any(isinstance(item, dict | list) for column in columns for item in column)
 
 
-def _table(name: str, columns: list[str], rows: list[list[Any]]) -> Table:
+def _table(name: str, columns: list[str], rows: list[list[Any]], drawn: bool = True) -> Table:
     every = -(-len(rows) // MAX_ROWS)
-    return Table(name, columns, rows[::every], every, None if name in PLAIN else _chart(columns, rows))
+    return Table(name, columns, rows[::every], every, _chart(columns, rows) if drawn else None)
 
 
 def _key(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
@@ -123,4 +124,4 @@ def _choices(columns: Sequence[str], measured: Sequence[int]) -> list[tuple[str,
             groups.setdefault(start, []).append((columns[i].removeprefix(f"{start}_"), i))
         else:
             groups.setdefault(columns[i], []).append((columns[i], i))
-    return list(groups.items())
+    return [(UNITS.get(name, name), lines) for name, lines in groups.items()]

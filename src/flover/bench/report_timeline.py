@@ -24,7 +24,9 @@ class TimelineView:
 
     @classmethod
     def of(cls, name: str, steps: Sequence[Mapping[str, Any]]) -> TimelineView:
-        """From the steps of `Timeline.to_json`."""
+        """From the steps of `Timeline.to_json`; ValueError if there are none."""
+        if not steps:
+            raise ValueError("no steps")
         numbers: dict[str, int] = {}
         requests: list[list[Any]] = []
 

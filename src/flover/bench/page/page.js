@@ -48,10 +48,10 @@ const redraws = [];
 
 /* tables */
 const cellValue = (cell) => (cell.dataset.v === undefined ? cell.textContent.trim() : Number(cell.dataset.v));
-function compare(a, b) {
-  if (typeof a === "number" && typeof b === "number") return a - b;
-  if (typeof a === "number" || typeof b === "number") return typeof a === "number" ? -1 : 1; // blanks last
-  return a.localeCompare(b, undefined, { numeric: true });
+function compare(a, b, up) {
+  if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1; // blanks last, either way
+  const order = typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true });
+  return up ? order : -order;
 }
 const contents = new Map(); // table id -> cells, as written, for the charts
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -64,7 +64,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const rows = [...body.rows].map((row) => [cellValue(row.cells[column]), row]);
-      rows.sort(([a], [b]) => (up ? compare(a, b) : compare(b, a)));
+      rows.sort(([a], [b]) => compare(a, b, up));
       body.append(...rows.map(([, row]) => row));
     });
   });
@@ -87,8 +87,8 @@ for (const button of document.querySelectorAll(".copy")) {
 }
 
 /* charts: lines or bars of a table */
-const MARKS = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.5-3.5h7v7h-7z", "M0-5L4.5 3.5h-9z", "M0-5L5 0L0 5L-5 0z", "M-5 3.5L0-5L5 3.5M-4-1h8", "M-4-4L4 4M4-4L-4 4", "M-5 0h10M0-5v10", "M-4.5-3.5h9L0 5z"];
-const DASHES = ["", "7 4", "2 3", "9 3 2 3", "4 2", "12 4", "1 5", "6 2 1 2"];
+const MARKS = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.5-3.5h7v7h-7z", "M0-5L4.5 3.5h-9z", "M0-5L5 0L0 5L-5 0z", "M-4.5-4.5h9L-4.5 4.5h9z", "M-4-4L4 4M4-4L-4 4", "M-5 0h10M0-5v10", "M-4.5-3.5h9L0 5z"];
+const DASHES = ["", "7 4", "2 3", "9 3 2 3", "4 2", "12 4", "4 4", "6 2 1 2"];
 const digits = (v) => (typeof v !== "number" ? v : Math.abs(v) >= 1e6 || (v && Math.abs(v) < 1e-3) ? si(v) : Number(v.toPrecision(4)).toLocaleString("en"));
 function si(v) {
   const at = Math.floor(Math.log10(Math.abs(v)) / 3);
@@ -103,14 +103,26 @@ function ticks(low, high, count) {
   return found;
 }
 function swatch(i, bars) {
-  const icon = element("svg:svg", { width: 34, height: 14, viewBox: "-17 -7 34 14", "aria-hidden": "true", style: `color: var(--s${i % 8})` });
+  const icon = element("svg:svg", { width: 34, height: 14, viewBox: "-17 -7 34 14", "aria-hidden": "true", style: `color: var(--s${i})` });
   if (bars) {
     icon.append(element("svg:rect", { x: -8, y: -6, width: 16, height: 12, fill: "currentColor" }));
     return icon;
   }
-  icon.append(element("svg:path", { d: "M-17 0H17", stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": DASHES[i % 8] }));
-  icon.append(element("svg:path", { d: MARKS[i % 8], fill: "currentColor", stroke: "currentColor", "stroke-width": 1.5 }));
+  icon.append(element("svg:path", { d: "M-17 0H17", stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": DASHES[i] }));
+  icon.append(element("svg:path", { d: MARKS[i], fill: "currentColor", stroke: "currentColor", "stroke-width": 1.5 }));
   return icon;
+}
+// a system has the same colour in every chart; the others take what is left
+const FIXED = { fused: 0, concurrent: 1, serial: 6, dynamic: 4 };
+function styles(names) {
+  const taken = names.map((name) => FIXED[String(name).split(/[:, ]/)[0]]);
+  const used = new Set();
+  return taken.map((want) => {
+    const free = [0, 1, 2, 3, 4, 5, 6, 7].filter((i) => !used.has(i));
+    const i = used.has(want) || want === undefined ? free.find((k) => !taken.includes(k)) ?? free[0] ?? used.size % 8 : want;
+    used.add(i);
+    return i;
+  });
 }
 const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
 
@@ -143,6 +155,7 @@ function chart(figure) {
     const [title, columns] = spec.ys[Number(shown.value)];
     const lines = (spec.series === null ? [null] : unique(spec.series)).flatMap((value) => columns.map(([label, y]) => ({
       y, value, name: [value, columns.length > 1 || value === null ? label : null].filter((part) => part !== null).join(", ") })));
+    const look = styles(lines.map((line) => line.name));
     const chosen = rows.filter((row) => [...picked].every(([column, select]) => String(row[column]) === select.value));
     const xs = [...new Set(chosen.map((row) => row[spec.x]))];
     if (!spec.bars) xs.sort((a, b) => a - b);
@@ -153,10 +166,12 @@ function chart(figure) {
     legend.replaceChildren(...lines.flatMap((line, i) => {
       if (lines.length < 2 || !points[i].length) return [];
       const item = element("li", {}, line.name);
-      item.prepend(swatch(i, spec.bars));
+      item.prepend(swatch(look[i], spec.bars));
       return [item];
     }));
-    const values = points.flat().map((point) => point[1]), low = Math.min(0, ...values), top = Math.max(...values, low + 1e-12);
+    const values = points.flat().map((point) => point[1]), least = Math.min(...values), most = Math.max(...values);
+    const close = !spec.bars && least > 0.6 * most && most > least; // lines far from zero: the axis begins near them
+    const low = close ? least - 0.2 * (most - least) : Math.min(0, least), top = Math.max(most, low + 1e-12);
     const marksY = ticks(low, top, 5), high = Math.max(top, marksY[marksY.length - 1]) * (top > 0 ? 1.03 : 1);
     const left = 12 + 7 * Math.max(...marksY.map((v) => String(digits(v)).length)), right = 16, bottom = 48, up = 20;
     const log = !spec.bars && xs.length > 3 && xs[0] > 0 && xs[xs.length - 1] / xs[0] >= 16 && xs[1] / xs[0] >= 1.4;
@@ -174,12 +189,14 @@ function chart(figure) {
       put("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, digits(v));
     }
     put("line", { class: "axis", x1: left, x2: width - right, y1: py(low), y2: py(low) });
-    let free = -1; // labels leave each other room
-    for (const x of spec.bars || log ? xs : ticks(xs[0], xs[xs.length - 1], width < 500 ? 5 : 9)) {
+    let free = -1; // labels leave each other room, and the last of a log axis its own
+    const labelled = spec.bars || log ? xs : ticks(xs[0], xs[xs.length - 1], width < 500 ? 5 : 9);
+    const last = log ? xs[xs.length - 1] : null, limit = log ? px(last) - String(digits(last)).length * 3.5 - 8 : width + 6;
+    for (const x of labelled) {
       let label = String(digits(x));
       if (spec.bars && label.length * 6.5 > (width - left) / xs.length && xs.length <= 8) label = `${label.slice(0, Math.max(4, (width - left) / xs.length / 7))}…`;
       const half = label.length * 3.5;
-      if (px(x) - half < free || px(x) + half > width + 6) continue;
+      if (px(x) - half < free || (px(x) + half > limit && x !== last)) continue;
       put("text", { x: px(x), y: height - bottom + 18, "text-anchor": "middle" }, label);
       free = px(x) + half + 8;
     }
@@ -187,24 +204,26 @@ function chart(figure) {
     put("text", { x: 4, y: 12 }, title);
     const wide = spec.bars ? Math.min(48, ((width - left - right) / xs.length) * 0.8 / lines.length) : 0;
     points.forEach((line, i) => {
-      const color = `color: var(--s${i % 8})`;
+      const color = `color: var(--s${look[i]})`, mark = MARKS[look[i]];
       if (spec.bars) {
         for (const [x, v] of line) put("rect", { x: px(x) + (i - lines.length / 2) * wide, width: Math.max(1, wide - 1.5), y: Math.min(py(v), py(0)), height: Math.abs(py(v) - py(0)), fill: "currentColor", style: color });
         return;
       }
-      put("path", { d: line.map(([x, v], k) => `${k ? "L" : "M"}${px(x).toFixed(1)} ${py(v).toFixed(1)}`).join(""), fill: "none", stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": DASHES[i % 8], style: color });
+      put("path", { d: line.map(([x, v], k) => `${k ? "L" : "M"}${px(x).toFixed(1)} ${py(v).toFixed(1)}`).join(""), fill: "none", stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": DASHES[look[i]], style: color });
       const sparse = line.length > 40 ? Math.ceil(line.length / 12) : 1; // of a long curve, some marks tell the lines apart
-      line.forEach(([x, v], k) => { if (k % sparse === 0) put("path", { d: MARKS[i % 8], transform: `translate(${px(x).toFixed(1)} ${py(v).toFixed(1)})`, fill: "currentColor", stroke: "currentColor", "stroke-width": 1.5, style: color }); });
+      line.forEach(([x, v], k) => { if (k % sparse === 0) put("path", { d: mark, transform: `translate(${px(x).toFixed(1)} ${py(v).toFixed(1)})`, fill: "currentColor", stroke: "currentColor", "stroke-width": 1.5, style: color }); });
     });
     const cursor = put("line", { class: "axis", y1: up, y2: height - bottom, x1: -9, x2: -9, "stroke-dasharray": "3 3" });
-    svg.addEventListener("pointermove", (event) => {
+    const point = (event) => {
       const at = event.clientX - svg.getBoundingClientRect().left;
       const x = xs.reduce((best, v) => (Math.abs(px(v) - at) < Math.abs(px(best) - at) ? v : best), xs[0]);
       cursor.setAttribute("x1", px(x));
       cursor.setAttribute("x2", px(x));
       const said = points.flatMap((line, i) => line.filter((p) => p[0] === x).map((p) => `${lines[i].name}: ${digits(p[1])}${p[2] > 1 ? ` (mean of ${p[2]})` : ""}`));
       showTip([`${names[spec.x]} ${digits(x)}`, ...said], event.clientX, event.clientY);
-    });
+    };
+    svg.addEventListener("pointermove", point);
+    svg.addEventListener("pointerdown", point);
     svg.addEventListener("pointerleave", () => { cursor.setAttribute("x1", -9); cursor.setAttribute("x2", -9); hideTip(); });
     plot.replaceChildren(svg);
   }
@@ -253,7 +272,7 @@ function timeline(box) {
     };
     const lightHatch = hatch("#ffffffa0", false), darkHatch = hatch("#55524e", true);
     g.fillStyle = ink;
-    for (const n of ticks(0, steps.length - 1, width / 90)) if (Number.isInteger(n)) g.fillText(steps[n].step, n * cell + 2, 14);
+    for (const n of ticks(0, steps.length - 1, width / 90)) if (Number.isInteger(n) && n * cell < width - 24) g.fillText(steps[n].step, n * cell + 2, 14);
     for (let row = 0; row < numRows; row++) {
       const y = top + row * rowHeight, h = rowHeight - 1;
       for (let from = 0; from < steps.length;) { // one rectangle a stretch of the same request and phase
@@ -352,8 +371,13 @@ function timeline(box) {
   return [scroll, draw];
 }
 
-for (const [box, draw] of [...[...document.querySelectorAll(".chart")].map(chart), ...[...document.querySelectorAll(".timeline")].map(timeline)]) {
-  let width = -1;
-  new ResizeObserver(() => { if (box.clientWidth !== width) { width = box.clientWidth; draw(); } }).observe(box);
-  if (box.classList.contains("scroll")) redraws.push(draw); // a canvas has no CSS colours of its own
+for (const box of document.querySelectorAll(".chart, .timeline")) {
+  try {
+    const [watched, draw] = box.classList.contains("chart") ? chart(box) : timeline(box);
+    let width = -1;
+    new ResizeObserver(() => { if (watched.clientWidth !== width) { width = watched.clientWidth; draw(); } }).observe(watched);
+    if (box.classList.contains("timeline")) redraws.push(draw); // a canvas does not follow the theme by itself
+  } catch (error) {
+    console.error(error); // one that cannot be drawn leaves the others, and its table
+  }
 }
