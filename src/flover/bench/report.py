@@ -24,10 +24,12 @@ from flover.bench.report_timeline import TimelineView
 
 ORDER = ("4a", "4b", "4c", "progress", "8", "fixed", "random", "reorder", "memory", "tp")  # the paper's figures
 VERDICTS = {"yes": "yes", "reproduced": "yes", "surpassed": "yes", "partly": "partly", "no": "no", "gap": "gap"}
-KNOWN = (
-    *("id", "title", "claim", "paper", "ours", "environment", "command", "seed", "scale"),
-    *("verdict", "notes", "gap", "gaps"),
+KNOWN = (  # keys with a place of their own; whatever else is in tables is shown as tables
+    *("id", "title", "claim", "paper", "ours", "verdict", "notes", "gap", "gaps"),
+    *("environment", "command", "seed", "scale", "settings", "same_tokens_as_serial"),
 )
+INNER = ("data", "rows", "plot")  # keys that say nothing about the table
+POINTS = {"progress": ("seconds", "count"), "memory": ("seconds", "live_bytes", "reserved_bytes")}
 
 
 @dataclass(slots=True)
@@ -49,10 +51,9 @@ class Figure:
 
     @property
     def headline(self) -> tuple[str, Any, Any] | None:
-        """What the summary shows: of the pairs that can be compared, the one with the paper's largest number."""
+        """What the summary shows: the first pair that can be compared."""
         pairs = [pair for pair in self.compared if None not in pair] or self.compared
-        numbers = [pair for pair in pairs if isinstance(pair[1], int | float)]
-        return max(numbers, key=lambda pair: pair[1], default=pairs[0] if pairs else None)
+        return pairs[0] if pairs else None
 
 
 def report(folder: Path, output: Path) -> int:
@@ -132,7 +133,9 @@ def _figure(raw: Mapping[str, Any], image: Path) -> Figure:
     notes = raw.get("notes") or []
     hardware = raw.get("environment") or {}
     facts = [(key, cell(value)) for key, value in hardware.items() if value is not None and key != "command"]
-    facts += [(key, cell(raw[key])) for key in ("seed", "scale") if raw.get(key) is not None]
+    facts += [
+        (key.replace("_", " "), cell(raw[key])) for key in ("seed", "scale", "same_tokens_as_serial") if raw.get(key)
+    ]
     figure = Figure(
         id=str(raw["id"]),
         title=str(raw.get("title") or raw["id"]),
@@ -145,8 +148,11 @@ def _figure(raw: Mapping[str, Any], image: Path) -> Figure:
         compared=_compared(raw.get("paper"), raw.get("ours")),
     )
     for key, value in raw.items():
-        if key not in KNOWN or (is_rows(value) and key != "gaps"):
-            figure.tables += tables_of("" if key in ("data", "rows") else key, value)
+        if key == "plot" and isinstance(value, dict):
+            value = {k: v for k, v in value.items() if isinstance(v, dict | list)}  # the rest is for the picture
+        if key not in KNOWN or (is_rows(value) and key in ("paper", "ours")):
+            found = tables_of("" if key in INNER else key, value, POINTS.get(figure.id, ("x", "y")))
+            figure.tables += found
     for gap in raw.get("gaps") or []:
         what = ", ".join(cell(value) for key, value in gap.items() if key != "why") if isinstance(gap, dict) else ""
         figure.gaps.append((f"{figure.id} {what}".strip(), cell(gap.get("why") if isinstance(gap, dict) else gap)))

@@ -1,7 +1,7 @@
 """The tables in a figure's JSON, found by shape, and which of their columns make a chart.
 
-A table is a list of flat objects, equally long columns, or curves of (x, y) by name, wherever it lies. Its first
-columns, up to where they tell all rows apart, are its key; what follows is measured.
+A table is a list of flat objects, equally long columns, or curves (lists of points) by name, wherever it lies. Its
+first columns, up to where they tell all rows apart, are its key; what follows is measured.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Chart:
     series: int | None  # one line for each value
     filters: list[int]  # one value is shown at a time
     bars: bool
+    curve: bool = False  # of points in order; else several values at an x are repeats
 
 
 @dataclass(slots=True)
@@ -43,17 +44,19 @@ def is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
-def tables_of(name: str, value: Any) -> Iterator[Table]:
-    """Every table in a value; loose values beside them are one of names and values."""
+def tables_of(name: str, value: Any, point: Sequence[str] = ("x", "y")) -> Iterator[Table]:
+    """Every table in a value; loose values beside them are one of names and values. point: columns of a curve."""
     if is_rows(value):
         names = list(dict.fromkeys(key for row in value for key in row))
         flat = [key for key in names if not any(isinstance(row.get(key), dict | list) for row in value)]
         yield _table(name, flat, [[row.get(key) for key in flat] for row in value], name not in PLAIN)
     elif isinstance(value, dict) and value:
         lists = [inner for inner in value.values() if isinstance(inner, list) and inner]
-        if len(lists) == len(value) and all(map(_is_curve, lists)):
-            rows = [[key, *point] for key, curve in value.items() for point in curve]
-            yield _table(name, ["series", "x", "y"], rows)
+        if depth := next((d for d in (1, 2) if _are_curves(value, d, len(point))), 0):
+            table = _table(name, [*("system", "curve")[-depth:], *point], list(_points(value)))
+            if table.chart:
+                table.chart.curve = True
+            yield table
         elif len(lists) == len(value) and len({len(column) for column in lists}) == 1 and _is_flat(lists):
             yield _table(name, list(value), [list(row) for row in zip(*lists)])
         else:
@@ -61,15 +64,28 @@ def tables_of(name: str, value: Any) -> Iterator[Table]:
             if loose:
                 yield Table(name, ["what", "value"], loose)
             for key, inner in value.items():
-                yield from tables_of(f"{name} {key if key != 'rows' else ''}".strip(), inner)
+                yield from tables_of(f"{name} {'' if key == 'rows' else key}".strip(), inner, point)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_curve(value: Sequence[Any]) -> bool:
-    return all(isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in value)
+def _are_curves(value: Any, depth: int, width: int) -> bool:
+    """Lists of points of that many numbers, by `depth` names."""
+    if depth:
+        return isinstance(value, dict) and all(_are_curves(inner, depth - 1, width) for inner in value.values())
+    return isinstance(value, list) and all(
+        isinstance(point, list) and len(point) == width and all(map(_is_number, point)) for point in value
+    )
+
+
+def _points(value: Any, names: tuple[str, ...] = ()) -> Iterator[list[Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _points(inner, (*names, name))
+    else:
+        yield from ([*names, *point] for point in value)
 
 
 def _is_flat(columns: Sequence[Sequence[Any]]) -> bool:
@@ -98,17 +114,30 @@ def _chart(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Chart | Non
     numbers = [i for i, column in enumerate(values) if column and all(map(_is_number, column))]
     keys = _key(columns, rows)
     kinds = {i: len(set(values[i])) for i in keys}
-    measured = [i for i in numbers if i > max(keys, default=0)]
-    if not keys or not measured:
+    if not keys:
         return None
     # the axis: numbers before words, then whatever has the most values, the last of equals
     x = max(keys, key=lambda i: (i in numbers, kinds[i], i))
     others = [i for i in keys if i != x]
+    measured = [i for i in numbers if i > max(keys)]
+    if not measured:
+        return None
     ys = _choices(columns, measured)
     lines = next((i for i in others if columns[i] in SERIES), None)
     if lines is None and not any(len(group) > 1 for _, group in ys):
         lines = next((i for i in reversed(others) if kinds[i] <= MAX_LINES), None)
+    ys.sort(key=lambda choice: (len(choice[1]) == 1, _restates(rows, x, choice[1][0][1])))
+    if lines is not None and any(kinds[lines] * len(group) > MAX_LINES for _, group in ys):
+        ys = [(columns[i], [(columns[i], i)]) for i in measured]
     return Chart(x, ys, lines, [i for i in others if i != lines], x not in numbers)
+
+
+def _restates(rows: Sequence[Sequence[Any]], x: int, y: int) -> bool:
+    """y is x in another unit: of little interest."""
+    if not all(_is_number(row[x]) and _is_number(row[y]) and row[x] for row in rows):
+        return False
+    ratios = [row[y] / row[x] for row in rows]
+    return max(ratios) - min(ratios) < 1e-9 * abs(max(ratios)) and len({row[x] for row in rows}) > 2
 
 
 def _choices(columns: Sequence[str], measured: Sequence[int]) -> list[tuple[str, list[tuple[str, int]]]]:

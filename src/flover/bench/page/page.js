@@ -161,7 +161,7 @@ function chart(figure) {
     if (!spec.bars) xs.sort((a, b) => a - b);
     const points = lines.map((line) => xs.flatMap((x) => {
       const found = chosen.filter((row) => row[spec.x] === x && (line.value === null || row[spec.series] === line.value)).map((row) => row[line.y]).filter(Number.isFinite);
-      return found.length ? [[x, mean(found), found.length]] : []; // repeats: their mean
+      return !found.length ? [] : spec.curve ? [[x, found[found.length - 1], 1]] : [[x, mean(found), found.length]];
     }));
     legend.replaceChildren(...lines.flatMap((line, i) => {
       if (lines.length < 2 || !points[i].length) return [];
@@ -219,7 +219,7 @@ function chart(figure) {
       const x = xs.reduce((best, v) => (Math.abs(px(v) - at) < Math.abs(px(best) - at) ? v : best), xs[0]);
       cursor.setAttribute("x1", px(x));
       cursor.setAttribute("x2", px(x));
-      const said = points.flatMap((line, i) => line.filter((p) => p[0] === x).map((p) => `${lines[i].name}: ${digits(p[1])}${p[2] > 1 ? ` (mean of ${p[2]})` : ""}`));
+      const said = points.flatMap((line, i) => line.filter((p) => (spec.curve ? p[0] <= x : p[0] === x)).slice(-1).map((p) => `${lines[i].name}: ${digits(p[1])}${p[2] > 1 ? ` (mean of ${p[2]})` : ""}`));
       showTip([`${names[spec.x]} ${digits(x)}`, ...said], event.clientX, event.clientY);
     };
     svg.addEventListener("pointermove", point);
