@@ -158,6 +158,7 @@ def test_the_picture_stands_in_where_there_is_no_data(tmp_path: Path) -> None:
 def test_gaps_are_named_with_their_reason(tmp_path: Path) -> None:
     put(tmp_path, "4a", gaps=[{"model": "65B", "what": "all systems", "why": "does not fit"}])
     put(tmp_path, "tp", verdict="Gap: one GPU only", ours=None, notes=[])
+    put(tmp_path, "random", gaps=[{"ranks": 2, "why": "one device"}, "no vllm"])
     (tmp_path / "8.json").write_text("{", encoding="utf-8")
     (tmp_path / "timeline.json").write_text('{"steps": [{}]}', encoding="utf-8")
     (tmp_path / "other.json").write_text("[1]", encoding="utf-8")
@@ -165,6 +166,8 @@ def test_gaps_are_named_with_their_reason(tmp_path: Path) -> None:
     gaps = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text[text.index('<section id="gaps">') :]))
     assert gaps["4a 65B, all systems"] == "does not fit"
     assert gaps["tp"] == "one GPU only"
+    assert gaps["random ranks 2"] == "one device"
+    assert gaps["random"] == "no vllm"
     assert gaps["progress"] == "not run"
     assert "cannot be read" in gaps["8.json"]
     assert "cannot be read" in gaps["timeline.json"]

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -28,7 +29,7 @@ KNOWN = (  # keys with a place of their own; whatever else is in tables is shown
     *("id", "title", "claim", "paper", "ours", "verdict", "notes", "gap", "gaps"),
     *("environment", "command", "seed", "scale", "settings", "same_tokens_as_serial"),
 )
-INNER = ("data", "rows", "plot")  # keys that say nothing about the table
+INNER = ("data", "rows")  # keys that say nothing about the table
 POINTS = {"progress": ("seconds", "count"), "memory": ("seconds", "live_bytes", "reserved_bytes")}
 
 
@@ -80,9 +81,9 @@ def report(folder: Path, output: Path) -> int:
         raise ValueError(f"{folder} holds no figure: flover bench paper --output {folder} makes them")
     figures.sort(key=lambda f: (ORDER.index(f.id) if f.id in ORDER else len(ORDER), f.id))
     for figure in figures:
-        gaps += figure.gaps or [(figure.id, " ".join([figure.verdict_text, *figure.notes]).strip())] * (
-            figure.verdict == "gap"
-        )
+        gaps += figure.gaps
+        if figure.verdict == "gap" and not figure.gaps:
+            gaps.append((figure.id, " ".join([figure.verdict_text, *figure.notes]).strip()))
     gaps += [(name, "not run") for name in ORDER if not any(f.id.split("-")[0] == name for f in figures)]
     partial = Path(f"{output}.partial")
     partial.write_text(_render(figures, timelines, gaps), encoding="utf-8")
@@ -120,22 +121,21 @@ def cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(cell(v) for v in value)
     if isinstance(value, dict):
-        return ", ".join(f"{k} {cell(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {cell(v)}".replace("_", " ") for k, v in value.items() if v is not None)
     return str(value)
 
 
 def _figure(raw: Mapping[str, Any], image: Path) -> Figure:
     text = cell(raw.get("gap") or raw.get("verdict") or "")
-    first, _, rest = text.partition(":") if ":" in text else text.partition(" ")
-    word = "gap" if raw.get("gap") else VERDICTS.get(first.strip(" .,;").lower(), "unknown")
-    if word != "unknown" and not raw.get("gap"):
-        text = rest.strip()  # the page shows the first word as a badge
+    first = re.match(r"(\w+)[\s:.,;]*", text)
+    word = "gap" if raw.get("gap") else VERDICTS.get(first[1].lower() if first else "", "unknown")
+    if first and word != "unknown" and not raw.get("gap"):
+        text = text[first.end() :]  # the page shows the first word as a badge
     notes = raw.get("notes") or []
     hardware = raw.get("environment") or {}
     facts = [(key, cell(value)) for key, value in hardware.items() if value is not None and key != "command"]
-    facts += [
-        (key.replace("_", " "), cell(raw[key])) for key in ("seed", "scale", "same_tokens_as_serial") if raw.get(key)
-    ]
+    told = [(key, raw[key]) for key in ("seed", "scale", "same_tokens_as_serial") if raw.get(key) is not None]
+    facts += [(key.replace("_", " "), cell(value)) for key, value in told]
     figure = Figure(
         id=str(raw["id"]),
         title=str(raw.get("title") or raw["id"]),
@@ -147,18 +147,24 @@ def _figure(raw: Mapping[str, Any], image: Path) -> Figure:
         command=str(raw.get("command") or hardware.get("command") or ""),
         compared=_compared(raw.get("paper"), raw.get("ours")),
     )
-    for key, value in raw.items():
-        if key == "plot" and isinstance(value, dict):
-            value = {k: v for k, v in value.items() if isinstance(v, dict | list)}  # the rest is for the picture
-        if key not in KNOWN or (is_rows(value) and key in ("paper", "ours")):
-            found = tables_of("" if key in INNER else key, value, POINTS.get(figure.id, ("x", "y")))
-            figure.tables += found
+    for name, value in _sources(raw):
+        figure.tables += tables_of(name, value, POINTS.get(figure.id, ("x", "y")))
     for gap in raw.get("gaps") or []:
-        what = ", ".join(cell(value) for key, value in gap.items() if key != "why") if isinstance(gap, dict) else ""
-        figure.gaps.append((f"{figure.id} {what}".strip(), cell(gap.get("why") if isinstance(gap, dict) else gap)))
+        what = {k: v for k, v in gap.items() if k != "why"} if isinstance(gap, dict) else {}
+        where = ", ".join(v if isinstance(v, str) else f"{k} {cell(v)}" for k, v in what.items())
+        figure.gaps.append((f"{figure.id} {where}".strip(), cell(gap.get("why") if isinstance(gap, dict) else gap)))
     if not any(table.chart for table in figure.tables) and image.is_file():
         figure.image = base64.b64encode(image.read_bytes()).decode()
     return figure
+
+
+def _sources(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Whatever may hold tables, by the name they get."""
+    for key, value in raw.items():
+        if key == "plot" and isinstance(value, dict):  # its loose values are for the picture
+            yield from ((name, inner) for name, inner in value.items() if isinstance(inner, dict | list))
+        elif key not in KNOWN or (key in ("paper", "ours") and is_rows(value)):
+            yield "" if key in INNER else key, value
 
 
 def _compared(paper: Any, ours: Any) -> list[tuple[str, Any, Any]]:

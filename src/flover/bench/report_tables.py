@@ -126,18 +126,23 @@ def _chart(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Chart | Non
     lines = next((i for i in others if columns[i] in SERIES), None)
     if lines is None and not any(len(group) > 1 for _, group in ys):
         lines = next((i for i in reversed(others) if kinds[i] <= MAX_LINES), None)
-    ys.sort(key=lambda choice: (len(choice[1]) == 1, _restates(rows, x, choice[1][0][1])))
+    ys.sort(key=lambda choice: all(_restates(rows, keys, i) for _, i in choice[1]))
     if lines is not None and any(kinds[lines] * len(group) > MAX_LINES for _, group in ys):
         ys = [(columns[i], [(columns[i], i)]) for i in measured]
     return Chart(x, ys, lines, [i for i in others if i != lines], x not in numbers)
 
 
-def _restates(rows: Sequence[Sequence[Any]], x: int, y: int) -> bool:
-    """y is x in another unit: of little interest."""
-    if not all(_is_number(row[x]) and _is_number(row[y]) and row[x] for row in rows):
-        return False
-    ratios = [row[y] / row[x] for row in rows]
-    return max(ratios) - min(ratios) < 1e-9 * abs(max(ratios)) and len({row[x] for row in rows}) > 2
+def _restates(rows: Sequence[Sequence[Any]], keys: Sequence[int], y: int) -> bool:
+    """y says no more than one key does: an interval in another unit. Of little interest."""
+    for key in keys:
+        values = {(row[key], row[y]) for row in rows}
+        if len(values) == len({row[key] for row in rows}) < len(rows):
+            return True
+        if all(_is_number(a) and _is_number(b) and a for a, b in values) and len(values) > 2:
+            ratios = [b / a for a, b in values]
+            if max(ratios) - min(ratios) <= 1e-9 * abs(max(ratios)):
+                return True
+    return False
 
 
 def _choices(columns: Sequence[str], measured: Sequence[int]) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -161,7 +161,9 @@ function chart(figure) {
     if (!spec.bars) xs.sort((a, b) => a - b);
     const points = lines.map((line) => xs.flatMap((x) => {
       const found = chosen.filter((row) => row[spec.x] === x && (line.value === null || row[spec.series] === line.value)).map((row) => row[line.y]).filter(Number.isFinite);
-      return !found.length ? [] : spec.curve ? [[x, found[found.length - 1], 1]] : [[x, mean(found), found.length]];
+      if (!found.length) return [];
+      if (!spec.curve) return [[x, mean(found), found.length]];
+      return found.length > 1 ? [[x, found[0], 1], [x, found[found.length - 1], 1]] : [[x, found[0], 1]]; // a jump
     }));
     legend.replaceChildren(...lines.flatMap((line, i) => {
       if (lines.length < 2 || !points[i].length) return [];
@@ -174,7 +176,7 @@ function chart(figure) {
     const low = close ? least - 0.2 * (most - least) : Math.min(0, least), top = Math.max(most, low + 1e-12);
     const marksY = ticks(low, top, 5), high = Math.max(top, marksY[marksY.length - 1]) * (top > 0 ? 1.03 : 1);
     const left = 12 + 7 * Math.max(...marksY.map((v) => String(digits(v)).length)), right = 16, bottom = 48, up = 20;
-    const log = !spec.bars && xs.length > 3 && xs[0] > 0 && xs[xs.length - 1] / xs[0] >= 16 && xs[1] / xs[0] >= 1.4;
+    const log = !spec.bars && !spec.curve && xs.length > 3 && xs[0] > 0 && xs[xs.length - 1] / xs[0] >= 8 && xs[1] / xs[0] >= 1.4;
     const scale = log ? Math.log2 : Number;
     const px = (x) => (spec.bars
       ? left + ((xs.indexOf(x) + 0.5) * (width - left - right)) / xs.length
@@ -190,7 +192,7 @@ function chart(figure) {
     }
     put("line", { class: "axis", x1: left, x2: width - right, y1: py(low), y2: py(low) });
     let free = -1; // labels leave each other room, and the last of a log axis its own
-    const labelled = spec.bars || log ? xs : ticks(xs[0], xs[xs.length - 1], width < 500 ? 5 : 9);
+    const labelled = spec.bars || log || xs.length <= 9 ? xs : ticks(xs[0], xs[xs.length - 1], width < 500 ? 5 : 9);
     const last = log ? xs[xs.length - 1] : null, limit = log ? px(last) - String(digits(last)).length * 3.5 - 8 : width + 6;
     for (const x of labelled) {
       let label = String(digits(x));
