@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,14 @@ def test_only_the_page_s_own_script_may_run_and_nothing_is_loaded(tmp_path: Path
     assert set(re.findall(r"https?://[\w.]+", text)) == {"https://example.org", "http://www.w3.org"}  # a name of SVG
     assert "@import" not in text
     assert "url(" not in text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node to read the script with")
+def test_the_script_is_javascript(tmp_path: Path) -> None:
+    put(tmp_path, "4a")
+    script = tmp_path / "page.js"
+    script.write_text(Page(made(tmp_path)).scripts[-1], encoding="utf-8")
+    subprocess.run(["node", "--check", str(script)], check=True)
 
 
 def test_the_picture_stands_in_where_there_is_no_data(tmp_path: Path) -> None:
