@@ -57,6 +57,9 @@ class GpuRunner(ModelRunner):
         self._turn = 0
         torch.cuda.current_stream().synchronize()  # the weights are there before another stream reads them
 
+    def wait_asleep(self) -> None:
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(RING)]  # type: ignore[no-untyped-call]
+
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
         """Compile kernels and capture graphs before they are needed; begins nothing new after `seconds`."""
