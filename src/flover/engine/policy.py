@@ -18,9 +18,9 @@ class Policy:
     name: str = "fused"
     order: str = "fcfs"
 
-    def admissible(self, num_rows: int, max_num_seqs: int) -> int:
-        """How many requests may join now."""
-        if self.name == "fused":
+    def admissible(self, num_rows: int, max_num_seqs: int, filling: bool = False) -> int:
+        """How many requests may join now. filling: the step before had no tokens left for all who wanted to join."""
+        if self.name == "fused" or (filling and self.holds_rows):
             return max_num_seqs - num_rows
         if num_rows:
             return 0

@@ -72,6 +72,7 @@ class Scheduler:
         self._steps = 0
         self._disturbed = 0  # steps before this one may hold rows that have ended or been preempted since
         self._last_was_prefill = False
+        self._filling = False  # the last step that let requests join had no tokens for all who wait
         self._token_budget = config.max_num_batched_tokens
 
     # ---- the caller's side -------------------------------------------------------------------------------------------
@@ -244,7 +245,10 @@ class Scheduler:
         return under_way.size > 0 or not decoding or self._can_admit()
 
     def _can_admit(self) -> bool:
-        return bool(self._waiting) and self.policy.admissible(len(self.table), self.config.max_num_seqs) > 0
+        return bool(self._waiting) and self._places() > 0
+
+    def _places(self) -> int:
+        return self.policy.admissible(len(self.table), self.config.max_num_seqs, self._filling)
 
     def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> npt.NDArray[np.int32]:
         """Tokens per row: its prefill chunk; one if it decodes or is frozen, unless this step is for prefill alone."""
@@ -272,7 +276,7 @@ class Scheduler:
                 budget -= chunk
         joins: list[RowJoin] = []
         skipped: list[tuple[int, int, Request]] = []
-        places = self.policy.admissible(len(self.table), self.config.max_num_seqs)
+        places = self._places()
         while self._waiting and places > 0 and budget > 0:
             entry = heapq.heappop(self._waiting)
             request = entry[2]
@@ -291,6 +295,7 @@ class Scheduler:
             budget -= chunk
             places -= 1
             chunks[request.row] = chunk
+        self._filling = budget <= 0 < places and bool(self._waiting)
         for entry in skipped:
             heapq.heappush(self._waiting, entry)
         return chunks, joins

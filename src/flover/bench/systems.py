@@ -1,0 +1,140 @@
+"""The systems that serve a workload, by name. Those of this engine share model and kernels: only scheduling differs.
+
+| name | who runs together |
+|---|---|
+| serial | nobody: one request at a time to its end, in order of arrival |
+| fused | everyone in flight; with the cache as configured, or `:paged`, or a slab: `:off`, `:move`, `:indirect` |
+| dynamic, dynamic:50ms, dynamic:2s | a batch that joins and leaves together (`batcher`); no unit: seconds; none: 0 |
+| concurrent, concurrent:N | N instances around the same weights, each one request at a time (`concurrent`) |
+| transformers, transformers:batch | Hugging Face: `generate`, one at a time; its continuous batching (`outside`) |
+| openai:URL | any server with /v1/completions (`outside`) |
+
+No torch here: a system's own imports happen when it is made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from flover.bench.records import Run, System
+from flover.config import EngineConfig
+
+NAMES = (
+    "serial",
+    "fused",
+    "fused:off",
+    "fused:move",
+    "fused:indirect",
+    "fused:paged",
+    "dynamic",
+    "dynamic:DELAY",
+    "concurrent",
+    "concurrent:N",
+    "transformers",
+    "transformers:batch",
+    "openai:URL",
+)
+UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
+
+
+class SystemMissing(ValueError):  # noqa: N818  a gap in a table rather than a mistake of the user's
+    """An outside system that is not here: a package that is not installed, a server that does not answer."""
+
+
+def make_system(name: str, config: EngineConfig, **options: Any) -> System:
+    """Load a system, ready to run.
+
+    Args:
+        name: see the module.
+        config: of the engine. What a system is defined by (policy, rows, layout) it sets itself.
+        options: of `dynamic`: stream, preferred, max_batch (`engines.DynamicSystem`); of `openai`: model, timeout.
+
+    Raises:
+        SystemMissing: an outside system that is not here.
+        ValueError: an unknown name or option, or anything wrong with settings, checkpoint or memory; one line.
+    """
+    kind, _, detail = name.partition(":")
+    makers: dict[str, Callable[[str, str, EngineConfig, dict[str, Any]], System]] = {
+        "serial": _serial,
+        "fused": _fused,
+        "dynamic": _dynamic,
+    }
+    if kind not in makers or (name.endswith(":") and kind != "openai"):
+        raise _unknown(name)
+    return makers[kind](name, detail, config, options)
+
+
+def check_name(name: str) -> None:
+    """ValueError if `make_system` would not know the name; loads nothing."""
+    kind, _, detail = name.partition(":")
+    if kind == "dynamic" and detail:
+        parse_delay(detail)
+    elif name not in NAMES or name != name.lower():
+        raise _unknown(name)
+
+
+def parse_delay(text: str) -> float:
+    """Seconds of "50ms", "2s" or "2"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", text)
+    if match is None:
+        raise ValueError(f"dynamic:{text} needs a delay such as 50ms or 2s")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def same_tokens(run: Run, reference: Run) -> tuple[float, int | None]:
+    """Share of requests with the same tokens in both runs, and the first output position where any other parts.
+
+    Raises:
+        ValueError: the runs are not of the same number of jobs.
+    """
+    if len(run.records) != len(reference.records):
+        raise ValueError(f"{len(run.records)} records cannot be compared with {len(reference.records)}")
+    parts: list[int] = []
+    for ours, theirs in zip(run.records, reference.records):
+        if ours.token_ids != theirs.token_ids:
+            pairs = zip(ours.token_ids, theirs.token_ids)
+            shorter = min(len(ours.token_ids), len(theirs.token_ids))
+            parts.append(next((i for i, (a, b) in enumerate(pairs) if a != b), shorter))
+    return 1 - len(parts) / max(len(run.records), 1), min(parts, default=None)
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(f"unknown system {name!r}; known: {', '.join(NAMES)}")
+
+
+def _only(name: str, options: dict[str, Any], *known: str) -> None:
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}" + (f"; it has {', '.join(known)}" if known else ""))
+
+
+def _serial(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
+    from flover.bench.engines import EngineSystem
+
+    _only(name, options)
+    if detail:
+        raise _unknown(name)
+    return EngineSystem(name, replace(config, policy="serial", max_num_seqs=1))
+
+
+def _fused(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
+    from flover.bench.engines import EngineSystem
+
+    _only(name, options)
+    if detail == "paged":
+        config = replace(config, kv_layout="paged")
+    elif detail in ("off", "move", "indirect"):
+        config = replace(config, kv_layout="slab", reorder=detail, num_kv_blocks=None)
+    elif detail:
+        raise _unknown(name)
+    return EngineSystem(name, replace(config, policy="fused"))
+
+
+def _dynamic(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
+    from flover.bench.engines import DynamicSystem
+
+    _only(name, options, "stream", "preferred", "max_batch")
+    return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0, **options)
