@@ -3,10 +3,9 @@
     python benchmarks/startup.py --model llama3-8b    # writes the checkpoint first; --folder takes one that is there
     python benchmarks/startup.py --model tiny --device cpu
 
-Every figure is a fresh process: first with an empty Triton cache (`cold`), then with the one that it left (`warm`, the
-median of several). A process loads the model, answers one prompt of token ids, and reports `LLM.startup_times`, the
-seconds from its creation to the first token, and to the second, which is the first of decode. Weights are random, bf16,
-at true shapes, in shards of at most 5 GB.
+Every figure is a fresh process, as `flover bench startup` has it: first with an empty Triton cache (`cold`), then with
+the one that it left (`warm`, the median of several). Weights are random, bf16, at true shapes, in shards of at most
+5 GB.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from flover.bench.startup import fresh
 
 RESULTS = Path(__file__).parent / "results"
 SHARD = 5_000_000_000  # bytes, at most
@@ -111,43 +112,11 @@ def read_all(folder: Path) -> float:
     return total / 1e9 / (time.perf_counter() - begin)
 
 
-def child(folder: str, device: str) -> None:
-    """In a fresh process: start, answer one prompt, print what it took as JSON."""
-    from flover import LLM, SamplingParams
-    from flover.startup import process_age
-
-    with LLM(folder, device=device, **SETTINGS) as llm:
-        ready = process_age()
-        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-        ages = [process_age() for _ in llm.stream({"prompt_token_ids": list(range(1, 33))}, params)]
-        times = llm.startup_times
-        result = {
-            "phases_s": {name: round(seconds, 3) for name, seconds in times.seconds.items()},
-            "weights_GB": round(times.nbytes["weights"] / 1e9, 3),
-            "weights_GB_per_s": round(times.nbytes["weights"] / 1e9 / times.seconds["weights"], 2),
-            "ready_s": round(ready, 3),
-            "first_token_s": round(ages[0], 3),
-            "second_token_s": round(ages[1], 3),
-            "device": llm.engine.core.resolved.engine.device,
-        }
-    print(json.dumps(result), flush=True)
-
-
-def fresh(folder: Path, device: str, cache: str) -> dict[str, Any]:
-    """One process with its Triton cache in `cache`. `exit_s` is how long it lived."""
-    command = [sys.executable, __file__, "--child", "--folder", str(folder), "--device", device]
-    begin = time.perf_counter()
-    done = subprocess.run(command, env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"a measured process failed:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**result, "exit_s": round(time.perf_counter() - begin, 3)}
-
-
 def show(name: str, run: dict[str, Any]) -> None:
     print(f"\n{name}")
     for phase, seconds in run["phases_s"].items():
-        amount = f"  {run['weights_GB']} GB, {run['weights_GB_per_s']} GB/s" if phase == "weights" else ""
+        size = run["nbytes"]["weights"] / 1e9
+        amount = f"  {size:.3f} GB, {size / seconds:.2f} GB/s" if phase == "weights" else ""
         print(f"  {phase:<14}{seconds:8.3f} s{amount}")
     rest = run["ready_s"] - sum(run["phases_s"].values())
     for label, seconds in (("rest", rest), ("ready", run["ready_s"]), ("first token", run["first_token_s"])):
@@ -182,10 +151,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3, help="warm processes")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/startup_MODEL.json")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(str(args.folder), args.device)
     name = args.folder.name if args.folder else args.model
     result: dict[str, Any] = {"environment": environment(), "model": name, "settings": SETTINGS}
     with (
@@ -201,9 +167,9 @@ def main() -> None:
             write_checkpoint(folder, shapes[args.model])
             print(f"wrote the checkpoint in {time.perf_counter() - begin:.1f} s", flush=True)
         result["page_cache_GB_per_s_one_thread"] = round(read_all(folder), 1)
-        result["cold"] = fresh(folder, args.device, cache)
+        result["cold"] = fresh({"model": str(folder), "device": args.device, **SETTINGS}, cache)
         show("empty Triton cache", result["cold"])
-        runs = [fresh(folder, args.device, cache) for _ in range(args.repeats)]
+        runs = [fresh({"model": str(folder), "device": args.device, **SETTINGS}, cache) for _ in range(args.repeats)]
         middle = statistics.median_low(run["first_token_s"] for run in runs)
         result["warm"] = next(run for run in runs if run["first_token_s"] == middle)
         result["warm_first_token_s"] = sorted(run["first_token_s"] for run in runs)

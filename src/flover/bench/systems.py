@@ -61,6 +61,7 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
         "serial": _serial,
         "fused": _fused,
         "dynamic": _dynamic,
+        "concurrent": _concurrent,
     }
     if kind not in makers or (name.endswith(":") and kind != "openai"):
         raise _unknown(name)
@@ -82,6 +83,13 @@ def parse_delay(text: str) -> float:
     if match is None:
         raise ValueError(f"dynamic:{text} needs a delay such as 50ms or 2s")
     return float(match[1]) * UNITS[match[2]]
+
+
+def parse_count(name: str, text: str) -> int:
+    """The N of a name such as concurrent:N."""
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise ValueError(f"{name} needs a number of instances from 1 to 9999")
+    return int(text)
 
 
 def same_tokens(run: Run, reference: Run) -> tuple[float, int | None]:
@@ -138,3 +146,10 @@ def _dynamic(name: str, detail: str, config: EngineConfig, options: dict[str, An
 
     _only(name, options, "stream", "preferred", "max_batch")
     return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0, **options)
+
+
+def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
+    from flover.bench.instances import ConcurrentSystem
+
+    _only(name, options)
+    return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None)

@@ -20,7 +20,9 @@ from flover.bench.workload import (
     Lengths,
     Lognormal,
     Normal,
+    Percentiles,
     Uniform,
+    Zipf,
     fit,
     fixed,
     stream,
@@ -119,16 +121,17 @@ def trace_jobs(
 # ---- published -------------------------------------------------------------------------------------------------------
 
 SEEN, RECALLED, OURS = "seen", "recalled", "ours"
-FIT = "lognormal by"
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Lengths of a published workload.
+    """Lengths of a published workload, and how bursty its arrivals are.
 
     Args:
-        source: whose they are. mark: whether the source's numbers were `seen` there or are `recalled` (to be checked
-            before they are quoted as facts); `ours` is no one else's. shape: what the parameters were made from.
+        source: whose they are. shape: what the parameters were made from.
+        mark: whether the source's numbers were `seen` there, or are `recalled` and to be checked before they are quoted
+            as facts; `ours` are nobody else's.
+        burstiness: of arrivals, as `workload.Gamma` has it; 1 (Poisson) where the source says nothing.
     """
 
     prompt: Lengths
@@ -136,66 +139,83 @@ class Workload:
     source: str
     mark: str
     shape: str
+    burstiness: float = 1.0
 
 
+MEASURED = "percentiles of the trace itself"
+AZURE = "Azure LLM inference trace 2023 (CC-BY; Patel et al., Splitwise, ISCA 24)"
 WORKLOADS = {
     "uniform": Workload(
-        Uniform(100, 1024),
-        Uniform(100, 1024),
-        "nano-vllm, mini-sglang: offline benchmark",
-        SEEN,
-        "exact",
+        Uniform(100, 1024), Uniform(100, 1024), "nano-vllm and mini-sglang, offline benchmark", SEEN, "exact"
     ),
     "chat": Workload(
-        Normal(512, 128, 1, 1024), Normal(256, 64, 1, 1024), "GuideLLM: scenarios/chat.json", SEEN, "exact"
+        Normal(512, 128, 1, 1024), Normal(256, 64, 1, 1024), "GuideLLM, scenarios/chat.json", SEEN, "exact"
     ),
     "sharegpt": Workload(
         Lognormal.of_mean(215, 1.1),
         Lognormal.of_mean(179, 1.0),
-        "ShareGPT: 1,000 prompts as vLLM's bench samples them, Llama-3 tokens (vLLM issue 7567)",
+        "ShareGPT, 1,000 prompts as vLLM's bench samples them, Llama-3 tokens (vLLM issue 7567)",
         SEEN,
-        f"{FIT} mean; sigma 1.1 and 1.0 are assumed",
+        "lognormal by mean; sigma 1.1 and 1.0 are assumed",
     ),
     "sharegpt-distserve": Workload(
         Lognormal(math.log(695), math.log(1556 / 695) / P90),
         Lognormal(4.47, 1.29),
         "ShareGPT as in DistServe (OSDI 24)",
         RECALLED,
-        f"{FIT} median and p90 (prompt: 695, 1556), median and mean (output: 87, 200)",
+        "lognormal by median and p90 (prompt: 695, 1556), by median and mean (output: 87, 200)",
     ),
     "sharegpt4-sarathi": Workload(
         Lognormal(7.46, 0.93),
         Lognormal(6.03, 0.54),
         "openchat_sharegpt4 as in Sarathi-Serve (OSDI 24)",
         RECALLED,
-        f"{FIT} median and p90 (1730, 5696; 415, 834)",
+        "lognormal by median and p90 (1730, 5696; 415, 834)",
     ),
     "arxiv-sarathi": Workload(
         Lognormal(8.86, 0.48),
         Lognormal(5.34, 0.45),
         "arxiv_summarization as in Sarathi-Serve (OSDI 24)",
         RECALLED,
-        f"{FIT} median and p90 (7059, 12985; 208, 371)",
+        "lognormal by median and p90 (7059, 12985; 208, 371)",
     ),
+    # 19,366 requests of one hour, 5.5 a second; means 1155 and 211
     "azure-conv": Workload(
-        Lognormal(6.93, 0.50),
-        Lognormal(4.86, 0.99),
-        "Azure LLM inference trace 2023, conversation (Splitwise, ISCA 24; CC-BY)",
-        RECALLED,
-        f"{FIT} median and mean (1020, 1155; 129, 211)",
+        Percentiles((2, 29, 181, 207, 387, 403, 703, 1020, 1071, 1130, 1315, 2734, 4083, 4142, 6179, 14050)),
+        Percentiles((7, 16, 41, 54, 77, 91, 103, 129, 177, 384, 400, 424, 451, 601, 954, 1000)),
+        f"{AZURE}, conversation",
+        SEEN,
+        f"{MEASURED}; burstiness from the variation of its gaps (1.09)",
+        0.84,
     ),
+    # 8,819 requests, 2.6 a second; means 2048 and 28. Its gaps vary 13-fold: silence between bursts, no gamma law
     "azure-code": Workload(
-        Lognormal(7.31, 0.79),
-        Lognormal(2.56, 1.24),
-        "Azure LLM inference trace 2023, code (Splitwise, ISCA 24; CC-BY)",
-        RECALLED,
-        f"{FIT} median and mean (1500, 2048; 13, 28)",
+        Percentiles((3, 17, 75, 147, 386, 770, 1075, 1469, 1909, 2433, 3192, 5188, 7303, 7436, 7437, 7437)),
+        Percentiles((6, 6, 6, 7, 8, 9, 11, 13, 16, 20, 29, 55, 90, 251, 825, 1899)),
+        f"{AZURE}, code",
+        SEEN,
+        MEASURED,
     ),
+    # 12,031 requests; means 12035 and 343
     "mooncake": Workload(
-        fixed(7590), fixed(182), "Mooncake (arXiv 2407.00079)", SEEN, "means only: no shape was published with them"
+        Percentiles(
+            (891, 894, 901, 964, 1662, 3263, 4993, 6909, 9570, 13196, 17869, 27367, 39550, 85400, 121301, 126195)
+        ),
+        Percentiles((1, 3, 10, 24, 100, 213, 291, 350, 399, 447, 504, 597, 698, 1119, 2000, 2000)),
+        "Mooncake (Kimi), FAST 25 release, conversation_trace",
+        SEEN,
+        MEASURED,
+    ),
+    "burstgpt": Workload(
+        Zipf(1.1, 1023),
+        Zipf(1.1, 1023),
+        "BurstGPT (Wang et al., arXiv 2401.17644), the defaults of its load generator",
+        SEEN,
+        "exact",
+        0.5,
     ),
     "long-tail": Workload(
-        fixed(128), Exponential(256, 1024), "the case where a batch that leaves together loses most", OURS, "exact"
+        fixed(128), Exponential(256, 1024), "where a batch that leaves together loses most", OURS, "exact"
     ),
 }
 

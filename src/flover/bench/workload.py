@@ -183,6 +183,31 @@ class Exponential:
         return np.minimum(rng.exponential(self.mean, count), self.hi)
 
 
+PERCENTS = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 99.9, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """The lengths at PERCENTS of something measured; geometric in between."""
+
+    tokens: tuple[int, ...]
+
+    def draw(self, count: int, rng: np.random.Generator) -> Floats:
+        return np.exp(np.interp(100 * rng.random(count), PERCENTS, np.log(self.tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class Zipf:
+    """P(n) proportional to n ** -exponent in [1, hi]."""
+
+    exponent: float
+    hi: int
+
+    def draw(self, count: int, rng: np.random.Generator) -> Floats:
+        weights = np.arange(1, self.hi + 1, dtype=np.float64) ** -self.exponent
+        return 1 + np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(count)).astype(np.float64)
+
+
 @dataclass(frozen=True, slots=True)
 class Replay:
     """Lengths given; the first `count` of them."""

@@ -1,4 +1,4 @@
-"""The command line: `flover generate | chat | plan | profile | doctor`.
+"""The command line: `flover generate | chat | plan | profile | bench | doctor`.
 
 Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
 by commands that need it.
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import flover
+from flover.cli import bench
 from flover.cli.options import with_options
 from flover.config import EngineConfig
 from flover.request import SamplingParams
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -21,17 +21,22 @@ TYPES: dict[str, Any] = {
     "float": float,
     "str": str,
     "bool": bool,
+    "tuple[str, ...]": list[str],
     "Sequence[int]": list[int],
     "Sequence[str]": list[str],
     "str | Sequence[str]": list[str],
     "Mapping[int, float]": list[str],
 }
+PANELS = {SamplingParams: "Sampling", EngineConfig: "Engine"}
 SKIPPED = {"record_timeline"}  # --timeline sets it
 SKIPPED_SAMPLING = {"seed"}  # --seed is the engine's: it covers every prompt that brings none
 SPELLINGS = {
     "model": ("--model", "-m"),
     "max_tokens": ("--max-tokens", "-n"),
     "generation_config": ("--generation-config", "--sampling-defaults"),
+    "input_len": ("--input-len", "--random-input-len"),
+    "output_len": ("--output-len", "--random-output-len"),
+    "range_ratio": ("--random-range-ratio",),
 }
 HELP = {
     "n": "choices per prompt",
@@ -72,21 +77,35 @@ HELP = {
     "quantization": "of linear layers while loading: weights of 8 bits, with _w8a8 tokens too",
     "num_threads": "CPU threads",
     "debug_poison": "fill freed KV with NaN",
+    "num_prompts": "requests (default: 32, or all of a trace)",
+    "dataset_name": "random, trace, or the lengths of a published one: see `flover bench workloads`",
+    "dataset_path": "the trace: JSON lines of arrival, num_prompt or prompt_token_ids, num_output",
+    "input_len": "prompt tokens of random requests",
+    "output_len": "output tokens of random requests",
+    "range_ratio": "r: random lengths are uniform in len * (1 - r) to len * (1 + r)",
+    "request_rate": "requests/s; inf: all at once (default: inf, or as the trace has it)",
+    "request_interval": "seconds from one request to the next, instead of a rate",
+    "burstiness": "shape of the gamma law of arrivals; 1 is Poisson, less is burstier (default: the workload's)",
 }
 
 
-def with_options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`@with_options(sampling=SamplingParams, engine=EngineConfig)`: it gets a dict of the given fields each."""
+def with_options(*without: str, **groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`@with_options(sampling=SamplingParams, engine=EngineConfig)`: it gets a dict of the given fields each.
+
+    Args:
+        without: fields that are no options. groups: dataclasses, by the parameter that takes their fields.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in groups]
-        names = {group: [f.name for f in _fields(cls)] for group, cls in groups.items()}
-        options = [_option(field, cls) for cls in groups.values() for field in _fields(cls)]
+        members = {group: [f for f in _fields(cls) if f.name not in without] for group, cls in groups.items()}
+        names = {group: [f.name for f in each] for group, each in members.items()}
+        options = [_option(field, groups[group]) for group, each in members.items() for field in each]
 
         @functools.wraps(function)
         def wrapper(**given: Any) -> Any:
-            for group, members in names.items():
-                values = {name: given.pop(name) for name in members}
+            for group, each in names.items():
+                values = {name: given.pop(name) for name in each}
                 given[group] = _clean({k: v for k, v in values.items() if v is not None and v != []})
             return function(**given)
 
@@ -116,7 +135,7 @@ def _option(field: Field[Any], cls: type) -> inspect.Parameter:
         help=f"{note} (default {default})".strip() if default is not None and name != "max_tokens" else note,
         show_default=False,
         metavar="|".join(choices) if choices else None,
-        rich_help_panel="Sampling" if cls is SamplingParams else "Engine",
+        rich_help_panel=PANELS.get(cls, "Workload"),
     )
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -27,6 +27,7 @@ from flover.config import (
     resolve,
 )
 from flover.engine.batch import BatchPlan, StepResult
+from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.executor import InlineExecutor, ThreadExecutor
 from flover.engine.runner import ModelRunner
 from flover.engine.scheduler import Scheduler
@@ -35,6 +36,7 @@ from flover.kernels.dispatch import backend_for
 from flover.kv.paged import PagedLayout
 from flover.kv.protocol import KVLayout
 from flover.kv.slab import SlabLayout, SlabMode
+from flover.models.base import CausalLM
 from flover.models.loader import resolve_model, weight_bytes
 from flover.models.registry import model_class
 from flover.request import FinishReason, Request
@@ -87,16 +89,28 @@ def _on_triton(config: ResolvedConfig) -> bool:
     return (only or backend_for(device, dtype, config.model.head_dim)) == "triton"
 
 
-def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> Executor:
-    """The runner that fits backend and device, where it should run."""
-    if _on_triton(config):
-        from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
+def make_runner(
+    config: ResolvedConfig,
+    folder: Path,
+    times: StartupTimes,
+    model: CausalLM | None = None,
+    warm_up_seconds: float = WARM_UP_SECONDS,
+) -> ModelRunner:
+    """The runner that fits backend and device. model: of another runner, whose weights this one shares."""
+    if not _on_triton(config):
+        return ModelRunner(config, folder, times=times, model=model)
+    from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
 
-        runner = GpuRunner(config, folder, times)
-        with times.phase("graphs"):
-            runner.warm_up()
-        return InlineExecutor(runner)
-    return ThreadExecutor(partial(ModelRunner, config, folder, times=times))
+    runner = GpuRunner(config, folder, times, model)
+    with times.phase("graphs"):
+        runner.warm_up(warm_up_seconds)
+    return runner
+
+
+def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> Executor:
+    """A runner, where it should run."""
+    make = partial(make_runner, config, folder, times)
+    return InlineExecutor(make()) if _on_triton(config) else ThreadExecutor(make)
 
 
 def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Path, ModelConfig, Hardware, int]:
@@ -153,19 +167,26 @@ class EngineCore:
 
     Args:
         config: the user's settings; resolved against the checkpoint and the machine here.
-        executor: for tests; by default a thread with a `ModelRunner`.
+        executor: by default a thread with a `ModelRunner`, or the caller's with a `GpuRunner`.
+        resolved: for an executor whose settings are resolved already.
 
     Raises:
         ValueError: anything wrong with the checkpoint or the settings, in one line.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, executor: Executor | None = None, resolved: ResolvedConfig | None = None
+    ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.startup_times = StartupTimes(IMPORTS)
-        self.folder, model, hardware, weights = survey(config, self.startup_times)
-        self.resolved: ResolvedConfig = settle(config, self.folder, model, hardware, weights, self.startup_times)
-        logger.info("memory: %s", self.resolved.memory)
+        if resolved is None:
+            self.folder, model, hardware, weights = survey(config, self.startup_times)
+            resolved = settle(config, self.folder, model, hardware, weights, self.startup_times)
+            logger.info("memory: %s", resolved.memory)
+        else:
+            self.folder = resolve_model(config.model)
+        self.resolved: ResolvedConfig = resolved
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
         self._executor = executor or make_executor(self.resolved, self.folder, self.startup_times)

@@ -17,9 +17,11 @@ import torch
 
 from flover.config import ResolvedConfig
 from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
+from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.lane import RING, Lane
 from flover.engine.runner import Batch, Mask, ModelRunner
 from flover.layers.sampler import SamplerOutput
+from flover.models.base import CausalLM
 from flover.startup import StartupTimes
 
 
@@ -37,8 +39,14 @@ class Pending:
 class GpuRunner(ModelRunner):
     """As `ModelRunner`, for the Triton backend."""
 
-    def __init__(self, config: ResolvedConfig, folder: Path, times: StartupTimes | None = None) -> None:
-        super().__init__(config, folder, "triton", times)
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        folder: Path,
+        times: StartupTimes | None = None,
+        model: CausalLM | None = None,
+    ) -> None:
+        super().__init__(config, folder, "triton", times, model)
         self.max_rows, blocks = self.tables.shape
         self.block_table = torch.zeros(self.max_rows, blocks, dtype=torch.int32, device=self.device)
         sizes = config.scheduler.max_num_batched_tokens, config.model.vocab_size, getattr(torch, config.engine.dtype)
@@ -51,10 +59,10 @@ class GpuRunner(ModelRunner):
         torch.cuda.current_stream().synchronize()  # the weights are there before another stream reads them
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile kernels and capture graphs ahead of the first request, for a few seconds at most."""
+    def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
+        """Compile kernels and capture graphs ahead of the first request, until the time is over."""
         with torch.cuda.stream(self._lane.stream):
-            self._lane.graphs.warm_up()
+            self._lane.graphs.warm_up(seconds)
 
     @torch.inference_mode()
     def capture_largest(self) -> None:

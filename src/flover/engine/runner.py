@@ -56,22 +56,39 @@ class ModelRunner:
         folder: checkpoint folder.
         backend: `kernels.dispatch`.
         times: gets the phases of the start.
+        model: another runner's, to be shared: layers hold nothing of a request. None: loaded from the folder.
     """
 
     def __init__(
-        self, config: ResolvedConfig, folder: Path, backend: str = "torch", times: StartupTimes | None = None
+        self,
+        config: ResolvedConfig,
+        folder: Path,
+        backend: str = "torch",
+        times: StartupTimes | None = None,
+        model: CausalLM | None = None,
     ) -> None:
         self.times = times or StartupTimes()
         self.device = torch.device(config.engine.device)
-        dtype: torch.dtype = getattr(torch, config.engine.dtype)
-        model = config.model
         self.kv_config = config.kv
         self.batch_invariant = config.engine.batch_invariant
+        self.model = model or self._load(config, folder, backend)
+        kv, rows = config.kv, config.scheduler.max_num_seqs
+        sizes = config.model
+        shape = sizes.num_layers, kv.num_blocks, kv.block_size, sizes.num_kv_heads, sizes.head_dim
+        elastic = kv.layout == "slab" and kv.reorder != "off"
+        with self.times.phase("KV cache"):
+            self.storage = KVStorage(*shape, getattr(torch, kv.dtype), self.device, backend, elastic)
+        self.sampler = Sampler(rows + 1, sizes.vocab_size, self.device, backend)  # the last is scratch
+        self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
+        self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step
+        self.reset()
+
+    def _load(self, config: ResolvedConfig, folder: Path, backend: str) -> CausalLM:
         with self.times.phase("weights"):
             loaded = load_model(
                 folder,
-                model,
-                dtype=dtype,
+                config.model,
+                dtype=getattr(torch, config.engine.dtype),
                 device=self.device,
                 batch_invariant=self.batch_invariant,
                 load_format=config.engine.load_format,
@@ -84,16 +101,7 @@ class ModelRunner:
             for part in loaded.modules():
                 if isinstance(part, Linear):
                     part.pack()
-        self.model = cast(CausalLM, loaded)
-        kv, rows = config.kv, config.scheduler.max_num_seqs
-        shape = model.num_layers, kv.num_blocks, kv.block_size, model.num_kv_heads, model.head_dim
-        elastic = kv.layout == "slab" and kv.reorder != "off"
-        with self.times.phase("KV cache"):
-            self.storage = KVStorage(*shape, getattr(torch, kv.dtype), self.device, backend, elastic)
-        self.sampler = Sampler(rows + 1, model.vocab_size, self.device, backend)  # the last is scratch
-        self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
-        self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step
-        self.reset()
+        return cast(CausalLM, loaded)
 
     def reset(self) -> None:
         """Forget every row (after a failed step)."""

@@ -1,0 +1,197 @@
+"""Concurrent instances around the same weights: FasterTransformer behind Triton with `instance_group{count: N}`.
+
+Each instance has a thread, the KV cache of one request and, on a GPU, its stream and its captured graphs of one row; a
+free one takes the oldest waiting request and serves it to its end. Layers hold nothing of a request, so the instances
+share one model.
+
+On a CPU every instance computes on cores // N threads of OpenMP (at least one), which are its own: together they do not
+take more than there are. An instance's thread does all of its torch work, for the reason given in `engine.executor`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event
+
+import torch
+
+from flover.bench.engines import Progress, abandon, as_request, new_records, release, shift, take_finished, wait_until
+from flover.bench.records import Job, Record, Run
+from flover.config import CPU_MEMORY_SHARE, EngineConfig, ResolvedConfig, human
+from flover.engine.cuda_graph import WARM_UP_SECONDS
+from flover.engine.engine import EngineCore, make_runner, settle, survey
+from flover.engine.executor import InlineExecutor
+from flover.metrics import StepStats
+from flover.models.base import CausalLM
+from flover.startup import StartupTimes
+
+DEFAULT_INSTANCES = 32  # as many as the paper has requests
+LATER_WARM_UP_SECONDS = 0.5  # kernels are compiled by then, and the shapes of one row are few
+
+
+@dataclass(slots=True)
+class Session:
+    """A run, as the instances see it; each job is touched by the one that took it."""
+
+    jobs: Sequence[Job]
+    records: list[Record]
+    origin: float
+    waiting: SimpleQueue[int | None] = field(default_factory=SimpleQueue)  # None: there is nothing more
+    done: SimpleQueue[BaseException | None] = field(default_factory=SimpleQueue)  # a job, or the end of an instance
+    stop: Event = field(default_factory=Event)
+
+
+class Instance:
+    """A core of one row. Made and used on its own thread."""
+
+    def __init__(
+        self, config: EngineConfig, resolved: ResolvedConfig, folder: Path, threads: int, model: CausalLM | None
+    ) -> None:
+        if resolved.engine.device == "cpu":
+            torch.set_num_threads(threads)  # of this thread; also what threads start with that come later
+        seconds = WARM_UP_SECONDS if model is None else LATER_WARM_UP_SECONDS
+        runner = make_runner(resolved, folder, StartupTimes(), model, seconds)
+        self.model = runner.model
+        self.core = EngineCore(config, InlineExecutor(runner), resolved)
+
+    def serve(self, session: Session) -> list[StepStats]:
+        """One request after the other, until there are no more."""
+        steps: list[StepStats] = []
+        try:
+            self.core.scheduler.kv.reset_cache()
+            while (index := session.waiting.get()) is not None:
+                self._serve(index, session, steps)
+                session.done.put(None)
+        except BaseException as error:
+            session.done.put(error)
+            raise
+        return steps
+
+    def _serve(self, index: int, session: Session, steps: list[StepStats]) -> None:
+        core, record, job = self.core, session.records[index], session.jobs[index]
+        request = as_request(index, job)
+        request.arrival_time = session.origin + job.arrival
+        core.add(request)
+        while core.has_unfinished():
+            if session.stop.is_set():
+                abandon(core, [request])
+                return
+            output = core.step()
+            if output.stats is not None:
+                steps.append(output.stats)
+                if output.requests:
+                    record.times.append(output.stats.end - session.origin)
+        take_finished(request, record)
+
+
+class ConcurrentSystem:
+    """See the module.
+
+    Args:
+        config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
+        count: instances; None: 32, or as many as max_num_seqs or the memory allows.
+
+    Raises:
+        ValueError: more than fit, with what they need and how many would; or as `EngineCore`.
+    """
+
+    def __init__(self, name: str, config: EngineConfig, count: int | None = None) -> None:
+        self.name = name
+        wanted = config.max_num_seqs or DEFAULT_INSTANCES
+        config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
+        folder, model_config, hardware, weights = survey(config)
+        resolved = settle(config, folder, model_config, hardware, weights)
+        most = most_instances(resolved)
+        self.count = count or min(DEFAULT_INSTANCES, wanted, most)
+        if self.count > most:
+            memory = resolved.memory
+            needed = memory.weights + self.count * (memory.step + memory.kv)
+            raise ValueError(
+                f"{self.count} instances need {human(needed)} (KV cache {human(memory.kv)} and largest step "
+                f"{human(memory.step)} each), {human(memory.free)} is free: concurrent:{most} would fit"
+            )
+        if resolved.engine.device == "cpu":  # the instance computes in `submit`: nothing would overlap
+            config = replace(config, overlap_depth=0)
+        cores = config.num_threads or torch.get_num_threads()
+        self._workers = [ThreadPoolExecutor(1, f"flover-instance-{i}") for i in range(self.count)]
+        self.instances: list[Instance] = []
+        try:
+            for worker in self._workers:
+                model = self.instances[0].model if self.instances else None
+                arguments = replace(config, num_threads=None), resolved, folder, max(1, cores // self.count), model
+                self.instances.append(worker.submit(Instance, *arguments).result())
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            torch.set_num_threads(cores)
+
+    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
+        """As `records.System.run`; progress gets the number of jobs finished so far.
+
+        Raises:
+            ValueError: a job that is too long for the context; nothing has run then.
+        """
+        for i, job in enumerate(jobs):
+            self.instances[0].core.check(as_request(i, job))
+        session = Session(jobs, new_records(jobs), time.monotonic())
+        served = [w.submit(one.serve, session) for w, one in zip(self._workers, self.instances)]
+        try:
+            self._feed(session, progress)
+        finally:
+            session.stop.set()
+            for _ in served:
+                session.waiting.put(None)
+            steps = _collect(served)
+        shift(steps, session.origin)
+        return Run(self.name, session.records, steps)
+
+    def _feed(self, session: Session, progress: Progress) -> None:
+        """Jobs into the queue as they arrive, until all are done."""
+        jobs, given, finished = session.jobs, 0, 0
+        while finished < len(jobs):
+            now = time.monotonic() - session.origin
+            while given < len(jobs) and jobs[given].arrival <= now:
+                session.waiting.put(given)
+                given += 1
+            left = jobs[given].arrival - now if given < len(jobs) else None
+            if left is not None and left < 2e-3:
+                wait_until(session.origin + jobs[given].arrival)
+                continue
+            try:
+                error = session.done.get(timeout=None if left is None else left - 1e-3)
+            except Empty:
+                continue
+            if error is not None:
+                raise error
+            finished += 1
+            if progress is not None:
+                progress(finished)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.shutdown()
+        self.instances.clear()
+        self._workers.clear()
+        release()
+
+
+def most_instances(resolved: ResolvedConfig) -> int:
+    """How many caches and steps of one row fit beside the weights."""
+    engine, memory = resolved.engine, resolved.memory
+    share = CPU_MEMORY_SHARE if engine.device == "cpu" else engine.gpu_memory_utilization
+    return int((memory.free * share - memory.weights) // (memory.step + memory.kv))
+
+
+def _collect(served: Sequence[Future[list[StepStats]]]) -> list[StepStats]:
+    """Steps of all instances in order of their start; those of an instance that failed are lost."""
+    steps = [stats for one in served if one.exception() is None for stats in one.result()]
+    steps.sort(key=lambda stats: stats.start)
+    for i, stats in enumerate(steps):
+        stats.step = i
+    return steps

@@ -1,0 +1,234 @@
+"""Numbers made of a run, as vLLM's `bench serve` names them, and what repeats say about them.
+
+TTFT, TPOT and E2E are per request, then summarised; ITL pools every gap of every request. All over the requests that
+succeeded; throughput is their tokens over the time from the first arrival to the last token. Milliseconds in what is
+printed and stored, seconds everywhere else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flover.bench.records import Record, Run
+from flover.metrics import Distribution
+
+Numbers = dict[str, float]
+GOALS = ("ttft", "tpot", "e2el")
+COUNTS = {
+    "completed": "Successful requests:",
+    "failed": "Failed requests:",
+    "duration": "Benchmark duration (s):",
+    "total_input_tokens": "Total input tokens:",
+    "total_output_tokens": "Total generated tokens:",
+    "request_throughput": "Request throughput (req/s):",
+    "request_goodput": "Request goodput (req/s):",
+    "output_throughput": "Output token throughput (tok/s):",
+    "total_token_throughput": "Total Token throughput (tok/s):",
+}
+LATENCIES = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+
+
+def parse_goals(texts: Sequence[str]) -> dict[str, float]:
+    """{"ttft": 0.5} (seconds) of ["ttft:500"] (milliseconds), several in one text allowed.
+
+    Raises:
+        ValueError: an unknown name or a limit that is no positive number.
+    """
+    goals = {}
+    for part in " ".join(texts).split():
+        name, _, text = part.partition(":")
+        try:
+            limit = float(text)
+        except ValueError:
+            limit = 0.0
+        if name not in GOALS or not 0 < limit < math.inf:
+            raise ValueError(f"goodput must be NAME:MILLISECONDS with a name of {', '.join(GOALS)}, got {part!r}")
+        goals[name] = limit / 1e3
+    return goals
+
+
+def measure(run: Run, goals: Mapping[str, float] | None = None) -> Numbers:
+    """The numbers of a run, keyed as in the JSON of vLLM's bench.
+
+    Args:
+        goals: seconds by name (`parse_goals`); with some, `request_goodput` counts the requests that meet all of them.
+    """
+    good = [record for record in run.records if succeeded(record)]
+    seconds = max(run.duration, 1e-9)
+    inputs, outputs = sum(r.num_prompt for r in good), sum(len(r.times) for r in good)
+    numbers: Numbers = {
+        "completed": len(good),
+        "failed": len(run.records) - len(good),
+        "duration": run.duration,
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": len(good) / seconds,
+    }
+    if goals:
+        numbers["request_goodput"] = sum(_meets(record, goals) for record in good) / seconds
+    numbers["output_throughput"] = outputs / seconds
+    numbers["total_token_throughput"] = (inputs + outputs) / seconds
+    values = {
+        "ttft": [r.ttft for r in good],
+        "tpot": [r.tpot for r in good if len(r.times) > 1],
+        "itl": [b - a for r in good for a, b in zip(r.times, r.times[1:])],
+        "e2el": [r.e2e for r in good],
+    }
+    for name, each in values.items():
+        found = Distribution.of(each)
+        for word, value in (("mean", found.mean), ("median", found.median), ("p99", found.p99)):
+            numbers[f"{word}_{name}_ms"] = value * 1e3
+    return numbers
+
+
+def succeeded(record: Record) -> bool:
+    """Whether it has its tokens."""
+    return record.error is None and bool(record.times)
+
+
+def _meets(record: Record, goals: Mapping[str, float]) -> bool:
+    """A request of one token has no gap and meets any TPOT, as in vLLM."""
+    tpot = record.tpot if len(record.times) > 1 else 0.0
+    found = {"ttft": record.ttft, "tpot": tpot, "e2el": record.e2e}
+    return all(found[name] <= limit for name, limit in goals.items())
+
+
+# ---- repeats ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Mean over repeats; `half`: half the width of its 95 % confidence interval, None of a single one."""
+
+    mean: float
+    half: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean)
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        return cls(mean, t_quantile(0.975, len(values) - 1) * error)
+
+
+def over_repeats(numbers: Sequence[Numbers]) -> dict[str, Estimate]:
+    """Each number over the repeats."""
+    return {name: Estimate.of([each[name] for each in numbers]) for name in numbers[0]}
+
+
+def t_quantile(p: float, df: int) -> float:
+    """The p-quantile (0.5 <= p < 1) of Student's t with `df` degrees of freedom.
+
+    With t = sqrt(df) tan(x), P(|T| < t) is a finite sum in sin x and cos x (Abramowitz and Stegun, 26.7.3 and 26.7.4),
+    which grows with x: bisection over x in [0, pi / 2].
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _two_sided(middle, df) < 2 * p - 1 else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+def _two_sided(x: float, df: int) -> float:
+    cosine = math.cos(x)
+    term, total = (cosine if df % 2 else 1.0), 0.0
+    for k in range(2 + df % 2, df + 1, 2):
+        total += term
+        term *= cosine * cosine * (k - 1) / k
+    return 2 / math.pi * (x + math.sin(x) * total) if df % 2 else math.sin(x) * total
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def block(found: Mapping[str, Estimate], title: str = "Serving Benchmark Result") -> str:
+    """The result block of vLLM's bench serve; over repeats with the half width of the confidence interval."""
+    lines = [f"{f' {title} ':=^50}"]
+    lines += [_line(label, found[name]) for name, label in COUNTS.items() if name in found]
+    for name, words in LATENCIES.items():
+        lines.append(f"{words:-^50}")
+        for word, label in (("mean", "Mean"), ("median", "Median"), ("p99", "P99")):
+            lines.append(_line(f"{label} {name.upper()} (ms):", found[f"{word}_{name}_ms"]))
+    return "\n".join([*lines, "=" * 50])
+
+
+def _line(label: str, value: Estimate) -> str:
+    exact = value.mean == round(value.mean) and not value.half and "/s" not in label and "(" not in label
+    text = f"{value.mean:.0f}" if exact else f"{value.mean:.2f}"
+    return f"{label:<40}{text:<10}{'' if not value.half else f' ± {value.half:.2g}'}".rstrip()
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """When, with what command, versions and commit, on what machine."""
+    import numpy as np
+
+    from flover.profile import environment  # of torch
+
+    here = Path(__file__).parent
+    try:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git
+        commit = None
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["flover", *sys.argv[1:]]),
+        "commit": commit,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "cores": os.cpu_count(),
+        **environment(device),
+    }
+
+
+def run_json(run: Run, numbers: Numbers, seed: int) -> dict[str, Any]:
+    """A run with every request; times in seconds from the start of the run."""
+    requests = [
+        {
+            "arrival": round(record.arrival, 6),
+            "num_prompt": record.num_prompt,
+            "times": [round(time, 6) for time in record.times],
+            "error": record.error,
+        }
+        for record in run.records
+    ]
+    return {"system": run.system, "seed": seed, **numbers, "requests": requests}
+
+
+def estimates_json(found: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Mean and the ends of the 95 % confidence interval, by number."""
+    return {
+        name: {"mean": e.mean, "ci95": None if e.half is None else [e.mean - e.half, e.mean + e.half]}
+        for name, e in found.items()
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""`flover bench throughput | latency | compare | startup | workloads`: what each takes; the work is done elsewhere.
+
+Options are named as in vLLM's `bench`. Other commands of the group register with `app`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flover.cli.options import with_options
+from flover.config import EngineConfig
+
+app = typer.Typer(help="Measure: throughput, latency, start-up; compare ways of scheduling on one workload.")
+
+Policy = Annotated[str, typer.Option(help="who serves: fused, serial, dynamic:50ms, concurrent:4, ...")]
+Output = Annotated[Path | None, typer.Option("--output-json", help="everything, with each request")]
+Repeats = Annotated[int, typer.Option(help="runs, each with a seed of its own; more than one gives 95 % intervals")]
+Goodput = Annotated[
+    list[str] | None, typer.Option(help="ttft:MS, tpot:MS, e2el:MS; a request counts if it meets them all")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Which requests, and when."""
+
+    num_prompts: int | None = None
+    dataset_name: str = "random"
+    dataset_path: str | None = None
+    input_len: int = 128
+    output_len: int = 128
+    range_ratio: float = 0.0
+    request_rate: float | None = None
+    request_interval: float | None = None
+    burstiness: float | None = None
+
+
+@app.command()
+@with_options("policy", load=Load, engine=EngineConfig)
+def throughput(
+    *,
+    policy: Policy = "fused",
+    num_repeats: Repeats = 1,
+    goodput: Goodput = None,
+    output_json: Output = None,
+    load: dict[str, Any],
+    engine: dict[str, Any],
+) -> int:
+    """Serve a workload, all of it at once unless a rate is given: tokens a second, TTFT, TPOT, ITL, E2E."""
+    from flover.cli.bench_run import run_throughput
+
+    return run_throughput(policy, Load(**load), num_repeats, goodput or [], output_json, engine)
+
+
+@app.command()
+@with_options("policy", engine=EngineConfig)
+def latency(
+    *,
+    policy: Policy = "fused",
+    input_len: Annotated[int, typer.Option(help="tokens of each prompt")] = 32,
+    output_len: Annotated[int, typer.Option(help="tokens of each output")] = 128,
+    batch_size: Annotated[int, typer.Option(help="requests at once")] = 8,
+    num_iters: Annotated[int, typer.Option(help="batches, one after the other")] = 10,
+    num_iters_warmup: Annotated[int, typer.Option(help="batches before, not counted")] = 2,
+    output_json: Output = None,
+    engine: dict[str, Any],
+) -> int:
+    """How long one batch of equal requests takes, again and again."""
+    from flover.cli.bench_run import run_latency
+
+    load = Load(num_prompts=batch_size, input_len=input_len, output_len=output_len)
+    return run_latency(policy, load, num_iters, num_iters_warmup, output_json, engine)
+
+
+@app.command()
+@with_options("policy", load=Load, engine=EngineConfig)
+def compare(
+    *,
+    policy: Annotated[str, typer.Option(help="those to compare")] = "serial,concurrent,dynamic:50ms,fused",
+    num_repeats: Repeats = 1,
+    goodput: Goodput = None,
+    output_json: Output = None,
+    load: dict[str, Any],
+    engine: dict[str, Any],
+) -> int:
+    """Several policies on the same requests: a table with ratios, and whether their tokens are those of serial."""
+    from flover.cli.bench_run import run_compare
+
+    return run_compare(policy, Load(**load), num_repeats, goodput or [], output_json, engine)
+
+
+@app.command()
+@with_options("policy", engine=EngineConfig)
+def startup(
+    *,
+    num_repeats: Annotated[int, typer.Option(help="processes with the kernels compiled before")] = 3,
+    output_json: Output = None,
+    engine: dict[str, Any],
+) -> int:
+    """From the start of a fresh process to its first token, by phase; first with nothing compiled."""
+    from flover.cli.bench_startup import run_startup
+
+    return run_startup(num_repeats, output_json, engine)
+
+
+@app.command()
+def workloads() -> int:
+    """The published workloads that --dataset-name knows, with their sources."""
+    from flover.cli.bench_load import print_workloads
+
+    return print_workloads()

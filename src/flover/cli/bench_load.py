@@ -1,0 +1,138 @@
+"""From the options of `flover bench` to jobs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from flover.bench.records import Job
+from flover.bench.traces import SEEN, WORKLOADS, TraceLine, named, read_trace, trace_jobs
+from flover.bench.workload import Arrivals, Gamma, Interval, Lengths, Uniform, draw_lengths, make_jobs
+from flover.cli.bench import Load
+
+NUM_PROMPTS = 32
+WARM_OUTPUT = 8  # tokens at most of a warm-up request
+WARM_PROMPTS = 256  # warm-up requests at most
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Makes the jobs of a seed; `text` says which. Every check that needs no seed has been made."""
+
+    text: str
+    count: int
+    arrivals: Arrivals | None  # None: the trace's own
+    lengths: tuple[Lengths, Lengths] | None
+    trace: list[TraceLine] | None
+    vocab_size: int
+    max_model_len: int
+    shrink: bool
+
+    def jobs(self, seed: int) -> list[Job]:
+        """Those of this seed; ValueError if one does not fit."""
+        if self.lengths is None:
+            lines = self.trace or []
+            return trace_jobs(lines, self.vocab_size, seed, self.max_model_len, self.arrivals, self.shrink)
+        assert self.arrivals is not None
+        prompt, output = self.lengths
+        return make_jobs(
+            self.arrivals, prompt, output, self.count, self.vocab_size, seed, self.max_model_len, self.shrink
+        )
+
+    def warm_up(self, seed: int) -> list[Job]:
+        """As many rows and such prompts, few output tokens, at once; prompts that no measured request has."""
+        lines = None if self.trace is None else [replace(line, prompt=None) for line in self.trace]
+        jobs = replace(self, arrivals=Interval(0), trace=lines).jobs(seed + (1 << 32))
+        return [Job(0.0, job.prompt, min(job.num_output, WARM_OUTPUT)) for job in jobs[:WARM_PROMPTS]]
+
+    def num_shrunk(self, seed: int) -> int:
+        """Requests that had to be shortened."""
+        if self.trace is not None:
+            pairs = [(line.num_prompt, line.num_output) for line in self.trace]
+        else:
+            assert self.lengths is not None
+            pairs = draw_lengths(*self.lengths, self.count, seed)
+        return sum(n + m > self.max_model_len for n, m in pairs)
+
+
+def make_source(load: Load, vocab_size: int, max_model_len: int) -> Source:
+    """Check a load.
+
+    Raises:
+        ValueError: an unknown data set, options that exclude each other, an impossible number, a bad trace.
+    """
+    if load.num_prompts is not None and load.num_prompts < 1:
+        raise ValueError(f"--num-prompts must be at least 1, got {load.num_prompts}")
+    if load.dataset_path is not None and load.dataset_name not in ("trace", "random"):
+        raise ValueError(f"--dataset-path goes with --dataset-name trace, got {load.dataset_name}")
+    if load.dataset_path is not None or load.dataset_name == "trace":
+        return _trace(load, vocab_size, max_model_len)
+    if load.dataset_name == "random":
+        burstiness, published = 1.0, None
+        inputs, outputs = _around(load.input_len, load, "input"), _around(load.output_len, load, "output")
+        lengths: tuple[Lengths, Lengths] = (inputs, outputs)
+        text = f"random, {_range(inputs)} prompt and {_range(outputs)} output tokens"
+    else:
+        try:
+            published = named(load.dataset_name)
+        except ValueError as error:
+            raise ValueError(f"--dataset-name: {error}; or random, trace") from None
+        burstiness, lengths = published.burstiness, (published.prompt, published.output)
+        text = f"{load.dataset_name} ({published.source}; {published.mark})"
+    law, when = _arrivals(load, burstiness)
+    count = load.num_prompts or NUM_PROMPTS
+    shrink = published is not None
+    return Source(f"{text}, {count} requests, {when}", count, law, lengths, None, vocab_size, max_model_len, shrink)
+
+
+def _trace(load: Load, vocab_size: int, max_model_len: int) -> Source:
+    if load.dataset_path is None:
+        raise ValueError("--dataset-name trace needs --dataset-path, a JSON lines file")
+    lines = read_trace(Path(load.dataset_path))
+    if load.num_prompts is not None and load.num_prompts > len(lines):
+        raise ValueError(f"--num-prompts is {load.num_prompts}, {load.dataset_path} holds {len(lines)} requests")
+    lines = lines[: load.num_prompts]
+    own = load.request_rate is None and load.request_interval is None
+    law, when = (None, "arriving as in the trace") if own else _arrivals(load, 1.0)
+    text = f"{load.dataset_path}, {len(lines)} requests, {when}"
+    return Source(text, len(lines), law, None, lines, vocab_size, max_model_len, True)
+
+
+def _around(length: int, load: Load, which: str) -> Uniform:
+    ratio = load.range_ratio
+    if length < 1:
+        raise ValueError(f"--{which}-len must be at least 1, got {length}")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"--random-range-ratio must be at least 0 and below 1, got {ratio}")
+    return Uniform(max(round(length * (1 - ratio)), 1), round(length * (1 + ratio)))
+
+
+def _range(law: Uniform) -> str:
+    return f"{law.lo}" if law.lo == law.hi else f"{law.lo}-{law.hi}"
+
+
+def _arrivals(load: Load, burstiness: float) -> tuple[Arrivals, str]:
+    if load.request_interval is not None:
+        if load.request_rate is not None or load.burstiness is not None:
+            raise ValueError("--request-interval excludes --request-rate and --burstiness")
+        return Interval(load.request_interval), f"one every {load.request_interval:g} s"
+    rate = math.inf if load.request_rate is None else load.request_rate
+    law = Gamma(rate, burstiness if load.burstiness is None else load.burstiness, rescale=True)
+    if math.isinf(rate):
+        return law, "all at once"
+    kind = "Poisson" if law.burstiness == 1 else f"gamma, burstiness {law.burstiness:g}"
+    return law, f"{rate:g} a second ({kind})"
+
+
+def print_workloads() -> int:
+    """The table of published workloads."""
+    table = Table("name", "source", "shape", "burstiness", box=None, pad_edge=False)
+    for name, each in WORKLOADS.items():
+        mark = "" if each.mark == SEEN else f" [{each.mark}]"
+        table.add_row(name, f"{each.source}{mark}", each.shape, f"{each.burstiness:g}")
+    Console(highlight=False, markup=False).print(table)
+    return 0
