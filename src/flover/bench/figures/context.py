@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,11 @@ import torch
 
 from flover.bench.figures.scale import Bytes, Scale
 from flover.bench.records import Job, Run
+from flover.bench.results import write_json
 from flover.bench.systems import make_system
 from flover.bench.workload import Interval, fixed, make_jobs
-from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig
-from flover.engine.engine import detect_hardware, settle, survey
+from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig, resolve
+from flover.engine.engine import detect_hardware, survey
 from flover.models.loader import weight_bytes
 
 Data = dict[str, Any]
@@ -53,6 +53,11 @@ class Figure:
     notes: list[str] = field(default_factory=list)
     gaps: list[Data] = field(default_factory=list)
     plot: Data = field(default_factory=dict)
+
+
+def gap_figure(why: str) -> Figure:
+    """A figure that could not run."""
+    return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])
 
 
 def agree(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> Data:
@@ -118,6 +123,7 @@ class Bench:
                 return dict(stored["data"])
         self.say(name)
         data = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"identity": identity, "data": data})
         self._fresh.add(name)
         return json.loads(json.dumps(data))  # type: ignore[no-any-return]  # as a later run will read it
@@ -141,7 +147,7 @@ class Bench:
         weights = weight_bytes(self.model_folder(model), config, dtype)
         return Bytes.of(self.scale.shapes[model], DTYPE_BYTES[self.scale.dtype], weights)
 
-    def config(self, model: str, rows: int, limit: int, **settings: Any) -> EngineConfig:
+    def config(self, model: str, rows: int, limit: int) -> EngineConfig:
         """An engine for that many rows and tokens each.
 
         Raises:
@@ -155,10 +161,10 @@ class Bench:
             max_model_len=limit,
             max_num_seqs=rows,
             enable_prefix_caching=False,
-            **settings,
         )
         try:
-            settle(config, *survey(config))
+            folder, shape, hardware, weights = survey(config)
+            resolve(config, shape, hardware, weights)
         except ValueError as error:
             raise MissingError(f"{model} with {rows} rows of {limit} tokens: {error}") from None
         return config
@@ -192,26 +198,27 @@ class Bench:
         system: str,
         workloads: Mapping[str, Sequence[Job]],
         digest: Callable[[Run, Sequence[Job]], Data],
-        **settings: Any,
+        label: str = "",
+        rows: int | None = None,
     ) -> Data:
         """The digest of each workload on a system, which is loaded once.
+
+        Args:
+            label: of the piece, instead of the system's name. rows: of the engine; by default the most requests.
 
         Raises:
             MissingError: it cannot run here.
         """
 
         def make() -> Data:
-            rows = max(map(len, workloads.values()))
-            runs = self._serve(model, system, workloads, rows, **settings)
+            runs = self._serve(model, system, workloads, rows or max(map(len, workloads.values())))
             return {name: digest(run, workloads[name]) for name, run in runs.items()}
 
-        return self.piece(f"{group}-{model}-{system}", make)
+        return self.piece(f"{group}-{model}-{label or system}", make)
 
-    def _serve(
-        self, model: str, system: str, workloads: Mapping[str, Sequence[Job]], rows: int, **settings: Any
-    ) -> dict[str, Run]:
+    def _serve(self, model: str, system: str, workloads: Mapping[str, Sequence[Job]], rows: int) -> dict[str, Run]:
         limit = max(len(job.prompt) + job.num_output for jobs in workloads.values() for job in jobs)
-        config = self.config(model, rows, limit, **settings)
+        config = self.config(model, rows, limit)
         try:
             server = make_system(system, config)
         except (ImportError, torch.OutOfMemoryError, ValueError) as error:
@@ -247,18 +254,9 @@ def digest_of(reference: Sequence[Sequence[int]]) -> Callable[[Run, Sequence[Job
                 "steps": len(steps),
                 "rows_live": statistics.fmean(s.num_running for s in steps),
                 "rows_computed": statistics.fmean(s.num_running + s.num_dead_rows for s in steps),
-                "moves": sum(len(s.moves) for s in steps),
                 "kv_moved_bytes": sum(s.kv_moved_bytes for s in run.steps),
                 "kv_token_bytes_read": float(sum(s.kv_used_bytes for s in steps)),
             }
         return data
 
     return digest
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
