@@ -1,8 +1,8 @@
 """`flover bench paper`: every figure of the paper as JSON and PNG in one folder.
 
-`ID.json` says what the paper has, what we have, on what machine, by which command, and whether the claim holds; `ID.png`
-shows it. A figure whose JSON was made with the same settings is not made again, so an interrupted run goes on. A figure
-that cannot run is written with its reason in `gap`.
+`ID.json` says what the paper has, what we have, on what machine, by which command, and whether the claim holds;
+`ID.png` shows it. A figure whose JSON was made with the same settings is not made again, so an interrupted run goes on.
+A figure that cannot run is written with its reason in `gap`.
 """
 
 from __future__ import annotations
@@ -128,6 +128,9 @@ def _make(name: str, bench: Bench) -> Data:
     except MemoryError as error:
         figure = gap_figure(f"out of memory: {error}")
     environment = provenance(bench.device)
+    stand_in = (
+        f"Scale {bench.scale.name}: random models of two layers stand in for the paper's; compare shapes and ratios."
+    )
     data: Data = {
         "id": name,
         "title": FIGURES[name].title,
@@ -140,7 +143,7 @@ def _make(name: str, bench: Bench) -> Data:
         "seed": bench.seed,
         "scale": bench.scale.name,
         "settings": bench.identity,
-        "notes": figure.notes,
+        "notes": figure.notes if bench.scale.name == "full" else [stand_in, *figure.notes],
         "same_tokens_as_serial": _same(figure.tokens),
         "rows": figure.rows,
         "tokens": figure.tokens,

@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 from flover.kv.protocol import RowMove
 from flover.kv.slab import plan_moves
 
-Slots: TypeAlias = Sequence[int] | NDArray[Any]  # lengths or a mask, `[num_slots]`
-Plan: TypeAlias = Callable[[Slots, Slots], tuple[int, list[RowMove]]]  # base of the region, and the moves
+Lens: TypeAlias = Sequence[int] | NDArray[Any]  # tokens, `[num_slots]`
+Live: TypeAlias = Sequence[bool] | NDArray[Any]
+Plan: TypeAlias = Callable[[Lens, Live], tuple[int, list[RowMove]]]  # base of the region, and the moves
 
 
-def compact_to_front(lens: Slots, live: Slots) -> tuple[int, list[RowMove]]:
+def compact_to_front(lens: Lens, live: Live) -> tuple[int, list[RowMove]]:
     """The window at slot 0: live slots beyond it fill its holes, both in index order."""
     return plan_moves(lens, live, fixed_base=0)
 
 
-def swap_last(lens: Slots, live: Slots) -> tuple[int, list[RowMove]]:
+def swap_last(lens: Lens, live: Live) -> tuple[int, list[RowMove]]:
     """The last live slot fills the first hole, until no hole is left (vLLM condenses its batch like this)."""
-    alive, moves = list(map(bool, live)), []
+    alive, moves = list(map(bool, live)), list[RowMove]()
     hole, last = 0, len(alive) - 1
     while True:
         while hole < len(alive) and alive[hole]:
@@ -40,13 +41,13 @@ def swap_last(lens: Slots, live: Slots) -> tuple[int, list[RowMove]]:
         alive[hole], alive[last] = True, False
 
 
-def shift(lens: Slots, live: Slots) -> tuple[int, list[RowMove]]:
+def shift(lens: Lens, live: Live) -> tuple[int, list[RowMove]]:
     """Compaction to slot 0 that keeps the order: every live slot behind the first hole moves up."""
     alive = np.flatnonzero(np.asarray(live, dtype=bool)).tolist()
     return 0, [RowMove(src, dst, int(lens[src])) for dst, src in enumerate(alive) if src != dst]
 
 
-def paper_window(lens: Slots, live: Slots) -> tuple[int, list[RowMove]]:
+def paper_window(lens: Lens, live: Live) -> tuple[int, list[RowMove]]:
     """The release's shuffler (memory_shuffler.h): the first window, not circular, that holds the most live slots.
 
     How long a slot is plays no part in the choice; the moves are counted with the live prefix all the same.
@@ -55,19 +56,19 @@ def paper_window(lens: Slots, live: Slots) -> tuple[int, list[RowMove]]:
     return plan_moves(lens, live, fixed_base=base)
 
 
-def linear_window(lens: Slots, live: Slots) -> tuple[int, list[RowMove]]:
+def linear_window(lens: Lens, live: Live) -> tuple[int, list[RowMove]]:
     """Ours without the ring: the first window, not circular, that holds the most live tokens."""
     weights = np.where(np.asarray(live, dtype=bool), np.asarray(lens, dtype=np.int64), 0)
     return plan_moves(lens, live, fixed_base=_best_linear_window(weights, live))
 
 
-def _best_linear_window(weights: NDArray[Any], live: Slots) -> int:
+def _best_linear_window(weights: NDArray[Any], live: Live) -> int:
     width = int(np.asarray(live, dtype=bool).sum())
     before = np.concatenate(([0], np.cumsum(weights)))
     return int(np.argmax(before[width:] - before[: len(before) - width])) if width else 0
 
 
-def index_select_tokens(lens: Slots, live: Slots) -> int:
+def index_select_tokens(lens: Lens, live: Live) -> int:
     """Tokens that TGI's `filter` copies: every live row, padded to the longest, into a new cache beside the old one."""
     kept = np.asarray(lens, dtype=np.int64)[np.asarray(live, dtype=bool)]
     return int(kept.max() * len(kept)) if len(kept) else 0

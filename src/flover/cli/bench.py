@@ -1,4 +1,4 @@
-"""`flover bench throughput | latency | compare | startup | workloads | paper`: what each takes; the work is done elsewhere.
+"""`flover bench throughput | latency | compare | startup | workloads | paper`: what each takes; no work.
 
 Options are named as in vLLM's `bench`. Other commands of the group register with `app`.
 """

@@ -42,7 +42,7 @@ def figure_8(bench: Bench) -> Figure:
     verdict = (
         f"{word}: with rarer arrivals the overlap falls from {scaled[0]['overlap %']:.0f} % to"
         f" {scaled[-1]['overlap %']:.0f} % and the speed-up over serial from {scaled[0]['x over serial']:.1f}x to"
-        f" {scaled[-1]['x over serial']:.2f}x (paper, over concurrent instances: {theirs[0]}x to {theirs[-1]}x), which is"
+        f" {scaled[-1]['x over serial']:.2f}x (paper, over concurrent instances: {theirs[0]}x to {theirs[-1]}x), or"
         f" {min(near):.0%} to {max(near):.0%} of what the bytes of its steps allow."
     )
     notes = [

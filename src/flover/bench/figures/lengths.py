@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from flover.bench.figures import published
 from flover.bench.figures.context import OURS, Bench, Data, Figure, MissingError, digest_of, gap_figure
@@ -19,14 +21,8 @@ POINTS = 300  # of a curve
 def draw_jobs(bench: Bench, model: str, count: int, upper: int, gap: float, repeat: int = 0) -> list[Job]:
     """The usual prompts, outputs uniform(lower, upper) of a repeat's own draw."""
     jobs = bench.jobs(model, count, upper, Interval(gap))
-    lengths = Uniform(bench.scale.lower, upper).draw(count, _generator(bench.seed, count, upper, repeat))
+    lengths = Uniform(bench.scale.lower, upper).draw(count, np.random.default_rng([bench.seed, count, upper, repeat]))
     return [job._replace(num_output=int(n)) for job, n in zip(jobs, lengths)]
-
-
-def _generator(*numbers: int):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    return np.random.default_rng(numbers)
 
 
 def measure_modes(
@@ -132,8 +128,8 @@ def _random_verdict(rows: Sequence[Data]) -> str:
     )
     word = "Reproduced" if worst["gain"] >= 1 and best["gain"] >= 1.29 else "Partly" if best["gain"] > 1.02 else "No"
     return (
-        f"{word}: reordering makes the run {worst['gain']:.2f} to {best['gain']:.2f} times as fast as off (paper 1.14 to"
-        f" 1.93); at the best, {off['rows_computed']:.1f} rows a step are computed without it and"
+        f"{word}: reordering makes the run {worst['gain']:.2f} to {best['gain']:.2f} times as fast as off (paper 1.14"
+        f" to 1.93); at the best, {off['rows_computed']:.1f} rows a step are computed without it and"
         f" {best['rows_computed']:.1f} with it, the bytes predict {best['gain_by_bytes']:.2f} and the rows at most"
         f" {best['gain_by_rows']:.2f}. A gain follows from what a dead row costs: on a device that is bound by weight"
         " bytes that is its keys and values only, in the paper it was also its launches."
@@ -163,8 +159,8 @@ def figure_tp(bench: Bench) -> Figure:
     ours: Data = {f"1 rank, {r['requests']} requests: gain": r["gain"] for r in rows if r["mode"] == "move"}
     gains = ", ".join(f"{value:.2f}" for value in ours.values())
     verdict = (
-        f"Gap: with one rank reordering gains {gains} over off at {', '.join(map(str, counts))} requests of up to {upper}"
-        " tokens; 2, 4 and 8 ranks (paper: 1.46 to 3.30) cannot be run by this engine yet."
+        f"Gap: with one rank reordering gains {gains} over off at {', '.join(map(str, counts))} requests of up to"
+        f" {upper} tokens; 2, 4 and 8 ranks (paper: 1.46 to 3.30) cannot be run by this engine yet."
     )
     notes = ["The paper does not name the model; LLaMA 13B is used. Its two-rank runs had outputs up to 1000 tokens."]
     return Figure(paper, ours, verdict, rows, tokens, notes, gaps + missing)
@@ -207,11 +203,12 @@ def figure_memory(bench: Bench) -> Figure:
         f" {ours['move: mean reserved over keep everything']:.0%} on average, indirect"
         f" {ours['indirect: mean reserved over keep everything']:.0%}, off (every slot of {rows_at_most} rows)"
         f" {ours['off: mean reserved over keep everything']:.0%}, paged blocks"
-        f" {ours['paged: mean reserved over keep everything']:.0%}; a slab reserves whole slots, paged only what is live."
+        f" {ours['paged: mean reserved over keep everything']:.0%}; a slab reserves whole slots, paged what is live."
         " The paper gives no number for memory saved, and its release returns none."
     )
     notes = [
-        f"{count} requests, outputs uniform({scale.lower}, {upper}), {rows_at_most} rows; every system has the same trace.",
+        f"{count} requests, outputs uniform({scale.lower}, {upper}), {rows_at_most} rows; the same trace for all.",
+        "live: tokens that rows hold; in off also those of rows that have ended and are still in the window.",
         "reserved: slots backed by memory, or blocks in use; the pool that paged blocks come from stays allocated.",
         "keep everything: a slot of full length for each request of the run, as in the paper's release (computed).",
         published.MEMORY["note"],
@@ -221,7 +218,7 @@ def figure_memory(bench: Bench) -> Figure:
     return Figure({}, ours, verdict, table, [{"mode": m} | r["agree"] for m, r in runs.items()], notes, plot=plot)
 
 
-def _memory_digest(reference: Data):  # type: ignore[no-untyped-def]
+def _memory_digest(reference: Data) -> Callable[[Run, Sequence[Job]], Data]:
     base = digest_of(reference["tokens"])
 
     def digest(run: Run, jobs: Sequence[Job]) -> Data:

@@ -10,7 +10,20 @@ from matplotlib.figure import Figure
 from flover.bench.figures import published
 from flover.bench.figures.context import Data
 from flover.bench.figures.headline import main_rows, paper_at
-from flover.bench.figures.style import BLUE, COLORS, GREY, MARKERS, ORANGE, PAPER, RED, SKY, counts, legend, panels
+from flover.bench.figures.style import (
+    BLUE,
+    COLORS,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PAPER,
+    RED,
+    SKY,
+    counts,
+    legend,
+    panels,
+    shown_as,
+)
 
 SYSTEMS = {"fused": "fused", "concurrent": "concurrent", "serial": "serial", "dynamic:50ms": "dynamic"}
 
@@ -49,7 +62,7 @@ def draw_4a(data: Data) -> Figure:
         one.set_ylim(
             0, max(max(row[k] or 0 for k in row if k.endswith("_s") and "per" not in k) for row in rows) * 1.25
         )
-        one.set_title(f"{model}, interval {last['interval']}", loc="left")
+        one.set_title(f"{shown_as(data, model)}, interval {last['interval']}", loc="left")
     axes[0].set_ylabel("seconds, first arrival to last token")
     legend(figure, axes)
     return figure
@@ -57,11 +70,13 @@ def draw_4a(data: Data) -> Figure:
 
 def draw_4b(data: Data) -> Figure:
     models = _by_model(data["rows"])
-    figure, axes = panels(len(models), "Throughput of fused grows with the requests; of the others it does not")
+    figure, axes = panels(
+        len(models), "Throughput of fused grows with the requests; that of serial and concurrent does not"
+    )
     for one, (model, rows) in zip(axes, models.items()):
         _lines(one, rows, "_tokens_per_s")
         one.set_ylim(bottom=0)
-        one.set_title(f"{model}, interval {rows[-1]['interval']}", loc="left")
+        one.set_title(f"{shown_as(data, model)}, interval {rows[-1]['interval']}", loc="left")
     axes[0].set_ylabel("output tokens per second")
     legend(figure, axes)
     return figure
@@ -69,7 +84,7 @@ def draw_4b(data: Data) -> Figure:
 
 def draw_4c(data: Data) -> Figure:
     models = _by_model(data["rows"])
-    figure, axes = panels(len(models), "A request among many takes hardly longer than one alone")
+    figure, axes = panels(len(models), "Latency among many over latency alone: fused stays closest to 1")
     for one, (model, rows) in zip(axes, models.items()):
         _lines(one, rows, "_latency_x")
         theirs = [(n, paper_at(published.FIG_4C[model], n, (8, 16, 32))) for n in (8, 16, 32)]
@@ -82,7 +97,7 @@ def draw_4c(data: Data) -> Figure:
         one.set_yticks(ticks, [f"{t:g}" for t in ticks])
         one.minorticks_off()
         one.axhline(1, color="#999999", linewidth=0.8)
-        one.set_title(f"{model}, interval {rows[-1]['interval']}", loc="left")
+        one.set_title(f"{shown_as(data, model)}, interval {rows[-1]['interval']}", loc="left")
     axes[0].set_ylabel("mean latency over a single request's")
     legend(figure, axes)
     return figure
@@ -92,18 +107,30 @@ def draw_progress(data: Data) -> Figure:
     curves, single = data["plot"]["curves"], data["plot"]["single"]
     figure, axes = panels(2, "Fused returns requests as they finish; a batch returns all at once, and late")
     dynamic = [name for name in curves if name.startswith("dynamic")]
+    ends = {system: curve["finished"][-1][0] / single for system, curve in curves.items()}
+    shown = 1.25 * max((end for system, end in ends.items() if system != "concurrent"), default=1.0)
+    late = ends.get("concurrent", 0.0) > shown
     shades = dict(zip(dynamic, ("#f6d58a", "#edb84a", "#d99a1c", "#b57b0a", "#7d5404")))
     for one, key, name in zip(axes, ("tokens", "finished"), ("output tokens", "finished requests")):
         for system, curve in curves.items():
             x, y = zip(*((t / single, count) for t, count in curve[key]))
             color = COLORS.get(system, shades.get(system, GREY))
-            style = "-" if system == "fused" else "--" if system == "concurrent" else "-."
-            wide = 2.6 if system == "fused" else 1.7
+            style = "--" if system == "concurrent" else "-"
+            wide = 2.8 if system == "fused" else 1.6
             one.plot(x, y, style, color=color, linewidth=wide, label=system, drawstyle="steps-post", zorder=3)
         one.set_xlabel("time, in single-request times")
         one.set_title(f"cumulative {name}", loc="left")
-        one.set_xlim(left=0)
+        one.set_xlim(0, shown)
         one.set_ylim(bottom=0)
+    if late:
+        axes[1].annotate(
+            f"concurrent ends\nat {ends['concurrent']:.1f}",
+            (0.98, 0.04),
+            xycoords="axes fraction",
+            ha="right",
+            color=RED,
+            fontsize=10,
+        )
     legend(figure, axes, 4)
     return figure
 

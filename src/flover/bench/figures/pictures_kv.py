@@ -21,6 +21,8 @@ from flover.bench.figures.style import (
     panels,
 )
 
+FEW_DEAD = 0.05  # share of dead slots of the calls that are shown
+
 
 def draw_random(data: Data) -> Figure:
     rows = data["rows"]
@@ -91,33 +93,38 @@ def _chunks(words: list[str]) -> list[str]:
 def draw_reorder(data: Data) -> Figure:
     traces, calls = data["rows"], data["plot"]["calls"]
     names = list(dict.fromkeys(row["plan"] for row in traces))
-    figure, axes = panels(3, "Ours moves the fewest tokens, and planning thousands of slots stays in microseconds", 4.6)
+    figure, axes = panels(
+        4, "No call of another plan moves fewer tokens, and planning is a matter of microseconds", 3.6
+    )
     lens = sorted({row["max_len"] for row in traces})
+    slots = sorted({row["slots"] for row in calls})
     for name, color, marker in zip(names, PLANS, PLAN_MARKERS):
-        style: dict[str, Any] = {
-            "color": color,
-            "marker": marker,
-            "label": name,
-            "linewidth": 2.4 if name == "ours" else 1.4,
-        }
-        style["zorder"] = 4 if name == "ours" else 3
-        cells = [r for r in traces if (r["plan"], r["pace"]) == (name, "spread")]
-        axes[0].plot([row["max_len"] for row in cells], [row["llama-13b_gb"] for row in cells], **style)
-        half = [row for row in calls if (row["plan"], row["dead"]) == (name, 0.25)]
-        axes[1].plot([row["slots"] for row in half], [row["tokens"] for row in half], **style)
-        if half[0]["us"] is not None:
-            axes[2].plot([row["slots"] for row in half], [row["us"] for row in half], **style)
-    axes[0].set_title("GB a trace of 32 requests, LLaMA 13B", loc="left")
-    axes[0].set_xticks(lens)
-    axes[0].set_xlabel("longest output")
-    axes[1].set_title("tokens a call, a quarter dead", loc="left")
-    axes[2].set_title("microseconds to plan a call", loc="left")
-    for one in axes:
+        style: dict[str, Any] = {"color": color, "marker": marker, "label": name, "markersize": 5}
+        style |= {"linewidth": 2.4 if name == "ours" else 1.4, "zorder": 4 if name == "ours" else 3}
+        for one, pace in zip(axes, ("spread", "burst")):
+            of = {r["max_len"]: r["tokens"] for r in traces if (r["plan"], r["pace"]) == ("ours", pace)}
+            cells = [r for r in traces if (r["plan"], r["pace"]) == (name, pace)]
+            one.plot(lens, [row["tokens"] / of[row["max_len"]] for row in cells], **style)
+        of = {r["slots"]: r["tokens"] for r in calls if (r["plan"], r["dead"]) == ("ours", FEW_DEAD)}
+        cells = [row for row in calls if (row["plan"], row["dead"]) == (name, FEW_DEAD)]
+        axes[2].plot(slots, [row["tokens"] / max(of[row["slots"]], 1) for row in cells], **style)
+        if cells[0]["us"] is not None:
+            axes[3].plot(slots, [row["us"] for row in cells], **style)
+    titles = ("a trace of 32 requests, 28 steps apart", "a trace of 32 requests, 1 step apart")
+    for one, title in zip(axes, (*titles, f"a call, {FEW_DEAD:.0%} of the slots dead")):
+        one.set_title(f"{title}: tokens over ours", loc="left")
         one.set_yscale("log")
-    for one in axes[1:]:
-        slots = sorted({row["slots"] for row in calls})
-        counts(one, slots if len(slots) < 5 else slots[::2], "slots")
-    legend(figure, axes, 4)
+        ticks = [t for t in (1, 1.5, 2, 4, 8, 16, 32, 64, 128, 256) if t <= one.get_ylim()[1]]
+        one.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        one.minorticks_off()
+    for one in axes[:2]:
+        one.set_xticks(lens)
+        one.set_xlabel("longest output, tokens")
+    for one in axes[2:]:
+        counts(one, slots, "slots")
+    axes[3].set_yscale("log")
+    axes[3].set_title("the same calls: microseconds to plan", loc="left")
+    legend(figure, axes, 7)
     return figure
 
 
@@ -142,7 +149,8 @@ def draw_memory(data: Data) -> Figure:
     names = [row["mode"].replace(" ", "\n") for row in rows]
     colors = [MODES.get(row["mode"], "#333333") for row in rows]
     bars = right.bar(names, [row["reserved_mean_mb"] * 1e6 / size for row in rows], 0.7, color=colors)
-    right.bar_label(bars, [f"{row['live_share']:.0%} live" for row in rows], fontsize=10, padding=2)
-    right.set_title(f"mean reserved, {unit}, and how much of it is live", loc="left")
+    right.bar_label(bars, [f"{row['live_share']:.0%} used" for row in rows], fontsize=10, padding=2)
+    right.set_ylim(0, plot["keep"] / size * 1.12)
+    right.set_title(f"mean reserved, {unit}, and how much of it is used", loc="left")
     legend(figure, axes, 3)
     return figure

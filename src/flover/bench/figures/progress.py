@@ -1,4 +1,4 @@
-"""Figure progress: tokens and finished requests over time, fused against request-level batching (HiPC, progress.png)."""
+"""Figure progress: tokens and finished requests over time, fused and request-level batching (HiPC, progress.png)."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def figure_progress(bench: Bench) -> Figure:
     paper["dynamic 16 s ends"] = published.PROGRESS["dynamic_16s_ends_s"] / theirs
     ours = {f"{name} ends": by_name[name]["end_x"] for name in ("fused", "dynamic 16 s") if name in by_name}
     notes = [
-        "Times are in single-request times, here and in the paper; the windows are the paper's seconds, stretched by the"
-        f" ratio of the single-request times, {stretch:.3g}.",
+        "Times are in single-request times, here and in the paper; the windows are the paper's seconds, stretched by"
+        f" the ratio of the single-request times, {stretch:.3g}.",
         "The paper's windows of 2 to 16 s are far from Triton's shipped setting of 50 ms.",
         "In the paper the concurrent instances had done 13 % of the work after 37 s.",
     ]

@@ -71,6 +71,8 @@ class Scale:
         draws: of each Poisson gap. repeats: of the random lengths, each with a seed of its own.
         upper: upper bounds of the output lengths, by number of requests; the lower bound is `lower`.
         tp: upper bound and numbers of requests of the figure with tensor parallelism.
+        runs: of each workload, of which the median one counts: short runs are noisy.
+        threads: of the engine on a CPU; more only get in each other's way where a model is tiny.
         lens: maximum lengths of the reorder study. slots: its numbers of slots; traces: random ones of each length.
     """
 
@@ -92,6 +94,8 @@ class Scale:
     lens: tuple[int, ...]
     slots: tuple[int, ...]
     traces: int
+    threads: int | None = None
+    runs: int = 1
 
     @property
     def limit(self) -> int:
@@ -138,6 +142,8 @@ TINY = Scale(
     lens=(512, 1024, 1536, 2048),
     slots=(32, 128, 1024, 4096),
     traces=20,
+    threads=1,
+    runs=3,
 )
 SCALES: Mapping[str, Scale] = {scale.name: scale for scale in (TINY, FULL)}
 

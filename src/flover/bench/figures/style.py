@@ -6,7 +6,7 @@ reports is black and hollow in every figure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ PAPER: dict[str, Any] = {"color": "black", "marker": "*", "markerfacecolor": "wh
 PLANS = (BLUE, SKY, RED, GREEN, ORANGE, PURPLE, GREY)
 PLAN_MARKERS = "o^sDvPX"
 DPI = 160  # 10 inches are 1600 pixels
-FONT = {"font.size": 11, "axes.titlesize": 11.5, "legend.fontsize": 10}
+FONT: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 11.5, "legend.fontsize": 10}
 
 
 def panels(count: int, title: str, height: float = 4.2) -> tuple[Figure, list[Any]]:
@@ -70,6 +70,11 @@ def counts(axes: Any, values: Sequence[int], label: str) -> None:
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()
     axes.set_xlabel(label)
+
+
+def shown_as(data: Mapping[str, Any], model: str) -> str:
+    """A model's name in a title: at tiny scale it is only stood in for."""
+    return model if data["scale"] == "full" else f"{data['scale']} {model.partition('-')[0]}"
 
 
 def save(figure: Figure, path: Path) -> None:
