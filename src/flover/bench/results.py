@@ -46,13 +46,13 @@ LATENCIES = {
 
 
 def parse_goals(texts: Sequence[str]) -> dict[str, float]:
-    """{"ttft": 0.5} (seconds) of ["ttft:500"] (milliseconds), several in one text allowed.
+    """{"ttft": 0.5} (seconds) of ["ttft:500"] (milliseconds); one text may hold several.
 
     Raises:
         ValueError: an unknown name or a limit that is no positive number.
     """
     goals = {}
-    for part in " ".join(texts).split():
+    for part in " ".join(texts).replace(",", " ").split():
         name, _, text = part.partition(":")
         try:
             limit = float(text)
@@ -120,6 +120,13 @@ class Estimate:
     mean: float
     half: float | None = None
 
+    @property
+    def margin(self) -> str:
+        """ " ± half" to two digits, or nothing."""
+        if not self.half:
+            return ""
+        return f" ± {self.half:.0f}" if self.half >= 10 else f" ± {self.half:.2g}"
+
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
         mean = statistics.fmean(values)
@@ -173,7 +180,7 @@ def block(found: Mapping[str, Estimate], title: str = "Serving Benchmark Result"
 def _line(label: str, value: Estimate) -> str:
     exact = value.mean == round(value.mean) and not value.half and "/s" not in label and "(" not in label
     text = f"{value.mean:.0f}" if exact else f"{value.mean:.2f}"
-    return f"{label:<40}{text:<10}{'' if not value.half else f' ± {value.half:.2g}'}".rstrip()
+    return f"{label:<40}{text:<10}{value.margin}".rstrip()
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

@@ -56,15 +56,16 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
         SystemMissing: an outside system that is not here.
         ValueError: an unknown name or option, or anything wrong with settings, checkpoint or memory; one line.
     """
+    check_name(name)
     kind, _, detail = name.partition(":")
     makers: dict[str, Callable[[str, str, EngineConfig, dict[str, Any]], System]] = {
         "serial": _serial,
         "fused": _fused,
         "dynamic": _dynamic,
         "concurrent": _concurrent,
+        "transformers": _transformers,
+        "openai": _openai,
     }
-    if kind not in makers or (name.endswith(":") and kind != "openai"):
-        raise _unknown(name)
     return makers[kind](name, detail, config, options)
 
 
@@ -73,7 +74,12 @@ def check_name(name: str) -> None:
     kind, _, detail = name.partition(":")
     if kind == "dynamic" and detail:
         parse_delay(detail)
-    elif name not in NAMES or name != name.lower():
+    elif kind == "concurrent" and detail:
+        parse_count(name, detail)
+    elif kind == "openai":
+        if not detail.startswith(("http://", "https://")):
+            raise ValueError(f"{name!r} needs a URL such as openai:http://localhost:8000")
+    elif name not in NAMES or name.endswith((":DELAY", ":N")):
         raise _unknown(name)
 
 
@@ -81,14 +87,14 @@ def parse_delay(text: str) -> float:
     """Seconds of "50ms", "2s" or "2"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", text)
     if match is None:
-        raise ValueError(f"dynamic:{text} needs a delay such as 50ms or 2s")
+        raise ValueError(f"'dynamic:{text}' needs a delay such as 50ms or 2s")
     return float(match[1]) * UNITS[match[2]]
 
 
 def parse_count(name: str, text: str) -> int:
     """The N of a name such as concurrent:N."""
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
-        raise ValueError(f"{name} needs a number of instances from 1 to 9999")
+        raise ValueError(f"{name!r} needs a number of instances from 1 to 9999")
     return int(text)
 
 
@@ -123,8 +129,6 @@ def _serial(name: str, detail: str, config: EngineConfig, options: dict[str, Any
     from flover.bench.engines import EngineSystem
 
     _only(name, options)
-    if detail:
-        raise _unknown(name)
     return EngineSystem(name, replace(config, policy="serial", max_num_seqs=1))
 
 
@@ -134,10 +138,8 @@ def _fused(name: str, detail: str, config: EngineConfig, options: dict[str, Any]
     _only(name, options)
     if detail == "paged":
         config = replace(config, kv_layout="paged")
-    elif detail in ("off", "move", "indirect"):
-        config = replace(config, kv_layout="slab", reorder=detail, num_kv_blocks=None)
     elif detail:
-        raise _unknown(name)
+        config = replace(config, kv_layout="slab", reorder=detail, num_kv_blocks=None)
     return EngineSystem(name, replace(config, policy="fused"))
 
 
@@ -153,3 +155,17 @@ def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str,
 
     _only(name, options)
     return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None)
+
+
+def _transformers(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
+    from flover.bench.outside import TransformersBatchSystem, TransformersSystem
+
+    _only(name, options)
+    return (TransformersBatchSystem if detail else TransformersSystem)(name, config)
+
+
+def _openai(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
+    from flover.bench.outside import OpenAISystem
+
+    _only(name, options, "model", "timeout")
+    return OpenAISystem(name, detail, **options)

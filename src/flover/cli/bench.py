@@ -39,6 +39,12 @@ class Load:
     burstiness: float | None = None
 
 
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command()
 @with_options("policy", load=Load, engine=EngineConfig)
 def throughput(

@@ -138,7 +138,7 @@ def run_latency(
     numbers = [measure(run) for run in runs]
     found = over_repeats(numbers)
     mean = Estimate.of(latencies)
-    print(f"Avg latency: {mean.mean:.6f} seconds" + ("" if mean.half is None else f" ± {mean.half:.2g}"))
+    print(f"Avg latency: {mean.mean:.6f} seconds" + mean.margin)
     percentiles = {p: _percentile(latencies, p) for p in PERCENTAGES}
     for percent, seconds in percentiles.items():
         print(f"{percent}% percentile latency: {seconds:.6f} seconds")
@@ -225,7 +225,7 @@ def _print_comparison(
 
 def _cell(value: Estimate) -> str:
     text = f"{value.mean:.4g}" if value.mean < 1e4 else f"{value.mean:.0f}"
-    return text if value.half is None else f"{text} ± {value.half:.2g}"
+    return text + value.margin
 
 
 def _percentile(values: Sequence[float], percent: int) -> float:

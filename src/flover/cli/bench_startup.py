@@ -15,6 +15,7 @@ from rich.table import Table
 from flover.bench.results import provenance, write_json
 from flover.bench.startup import fresh
 from flover.config import EngineConfig
+from flover.engine.engine import survey
 
 ENDS = {"ready_s": "ready", "first_token_s": "first token", "second_token_s": "second token"}
 
@@ -25,7 +26,7 @@ def run_startup(repeats: int, output: Path | None, options: Mapping[str, Any]) -
         raise ValueError(f"--num-repeats must be at least 1, got {repeats}")
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output-json: folder {output.parent} does not exist")
-    EngineConfig(**options)  # a mistake shows here rather than in another process
+    survey(EngineConfig(**options))  # a mistake shows here rather than in another process
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="flover-triton-") as cache, console.status("a fresh process") as status:
         cold = fresh(options, cache)

@@ -1,0 +1,237 @@
+"""Systems that are not ours, on the same workload: Hugging Face transformers, and any server with an OpenAI endpoint.
+
+Each is asked for greedy tokens, for exactly `num_output` of them: EOS ends nothing.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+
+from flover.bench.engines import Progress, new_records, release, wait_until
+from flover.bench.records import Job, Record, Run
+from flover.bench.systems import SystemMissing
+from flover.config import EngineConfig, effective_dtype
+from flover.engine.engine import survey
+
+
+class TransformersSystem:
+    """`generate`, one request at a time, with a static cache: on a GPU transformers compiles the forward for it.
+
+    Raises:
+        SystemMissing: transformers is not installed.
+        ValueError: a checkpoint that it cannot load.
+    """
+
+    def __init__(self, name: str, config: EngineConfig) -> None:
+        if find_spec("transformers") is None:
+            raise SystemMissing(f"{name} needs the package transformers: pip install transformers")
+        hugging: Any = import_module("transformers")
+        hugging.utils.logging.disable_progress_bar()
+        self.name = name
+        folder, shape, hardware, _ = survey(config)
+        dtype: torch.dtype = getattr(torch, effective_dtype(config, shape, hardware.device))
+        try:
+            if config.load_format == "dummy":
+                model = hugging.AutoModelForCausalLM.from_config(
+                    hugging.AutoConfig.from_pretrained(folder), dtype=dtype
+                )
+            else:
+                model = hugging.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except Exception as error:  # of transformers, of the hub client, of safetensors
+            raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
+        self.model: Any = model.to(hardware.device).eval()
+        self.model.generation_config.eos_token_id = None
+
+    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
+        """As `records.System.run`; progress gets the number of jobs finished so far."""
+        run, origin = Run(self.name, new_records(jobs)), time.monotonic()
+        for i, (job, record) in enumerate(zip(jobs, run.records)):
+            wait_until(origin + job.arrival)
+            prompt = torch.tensor([job.prompt], device=self.model.device)
+            ids = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=job.num_output,
+                do_sample=False,
+                cache_implementation="static",
+                streamer=_Stopwatch(record.times, origin),
+                pad_token_id=0,
+            )
+            record.token_ids = ids[0, len(job.prompt) :].tolist()
+            if progress is not None:
+                progress(i + 1)
+        return run
+
+    def close(self) -> None:
+        del self.model
+        release()
+
+
+class _Stopwatch:
+    """A streamer of transformers that notes when each token is there; the prompt comes first."""
+
+    def __init__(self, times: list[float], origin: float) -> None:
+        self._times, self._origin, self._is_prompt = times, origin, True
+
+    def put(self, value: object) -> None:
+        if not self._is_prompt:
+            self._times.append(time.monotonic() - self._origin)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+class TransformersBatchSystem(TransformersSystem):
+    """transformers' continuous batching, the manager behind `generate_batch`, which takes requests as they arrive."""
+
+    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
+        """As `TransformersSystem.run`. A token's time is transformers' own timestamp of it."""
+        hugging: Any = import_module("transformers")
+        run = Run(self.name, new_records(jobs))
+        longest = max((job.num_output for job in jobs), default=1)
+        fixed = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        settings = hugging.GenerationConfig(max_new_tokens=longest, **fixed)
+        with self.model.continuous_batching_context_manager(generation_config=settings, timeout=5) as manager:
+            origin, stamps = time.monotonic(), time.perf_counter()
+            given = finished = 0
+            while finished < len(jobs):
+                now = time.monotonic() - origin
+                while given < len(jobs) and jobs[given].arrival <= now:
+                    job = jobs[given]
+                    manager.add_request(
+                        list(job.prompt),
+                        request_id=str(given),
+                        max_new_tokens=job.num_output,
+                        record_timestamps=True,
+                        eos_token_id=-1,
+                    )
+                    given += 1
+                left = jobs[given].arrival - now if given < len(jobs) else 1.0
+                if left < 2e-3:
+                    wait_until(origin + jobs[given].arrival)
+                    continue
+                result = manager.get_result(timeout=min(left - 1e-3, 1.0))
+                if result is None:
+                    if not manager.is_running():
+                        raise RuntimeError("transformers' generation thread has ended")
+                elif result.is_finished():
+                    record = run.records[int(result.request_id)]
+                    record.token_ids, record.error = list(result.generated_tokens), result.error
+                    record.times = [stamp - stamps for stamp in result.timestamps or ()]
+                    finished += 1
+                    if progress is not None:
+                        progress(finished)
+        return run
+
+
+class OpenAISystem:
+    """A server with /v1/completions that streams, takes token ids as a prompt and knows ignore_eos (vLLM, SGLang, ...).
+
+    Args:
+        url: of the server, with or without /v1.
+        model: its name there; None: the first that /v1/models lists.
+        timeout: seconds without a byte after which a request has failed.
+
+    Raises:
+        SystemMissing: nothing answers there. ValueError: no http(s) URL.
+    """
+
+    def __init__(self, name: str, url: str, model: str | None = None, timeout: float = 600.0) -> None:
+        self.name, self.timeout = name, timeout
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{name} needs a URL such as openai:http://localhost:8000")
+        self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.model = model or self._first_model()
+
+    def _first_model(self) -> str:
+        try:
+            with urllib.request.urlopen(f"{self.base}/models", timeout=10) as response:
+                return str(json.load(response)["data"][0]["id"])
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            raise SystemMissing(f"{self.base}/models gives no model: {' '.join(str(error).split())[:200]}") from None
+
+    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
+        """As `records.System.run`: a thread and a connection for each request in flight.
+
+        A token's time is that of the chunk that brought it. A server that does not send token ids leaves them out.
+        """
+        run, done, origin = Run(self.name, new_records(jobs)), SimpleQueue[None](), time.monotonic()
+        started = finished = 0
+        while finished < len(jobs):
+            while started < len(jobs) and jobs[started].arrival <= time.monotonic() - origin:
+                arguments = jobs[started], run.records[started], origin, done
+                Thread(target=self._complete, args=arguments, daemon=True).start()
+                started += 1
+            left = origin + jobs[started].arrival - time.monotonic() if started < len(jobs) else None
+            if left is not None and left < 2e-3:
+                wait_until(origin + jobs[started].arrival)
+                continue
+            try:
+                done.get(timeout=None if left is None else left - 1e-3)
+            except Empty:
+                continue
+            finished += 1
+            if progress is not None:
+                progress(finished)
+        return run
+
+    def _complete(self, job: Job, record: Record, origin: float, done: SimpleQueue[None]) -> None:
+        try:
+            self._stream(job, record, origin)
+            if len(record.times) != job.num_output:
+                record.error = f"{job.num_output} tokens were asked for, {len(record.times)} came"
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            record.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        finally:
+            done.put(None)
+
+    def _stream(self, job: Job, record: Record, origin: float) -> None:
+        body = {
+            "model": self.model,
+            "prompt": list(job.prompt),
+            "max_tokens": job.num_output,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,  # of vLLM; others ignore it
+        }
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.base}/completions", data, headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            for event in _events(response):
+                now = time.monotonic() - origin
+                if "error" in event:
+                    raise ValueError(str(event["error"]))
+                for choice in event.get("choices", ()):
+                    ids = choice.get("token_ids") or ()
+                    record.token_ids += ids
+                    record.times += [now] * (len(ids) or int(bool(choice.get("text"))))
+                total = (event.get("usage") or {}).get("completion_tokens", 0)
+                late = total - len(record.times)  # tokens that had no text of their own
+                record.times += [record.times[-1] if record.times else now] * late
+
+    def close(self) -> None:
+        pass
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events."""
+    for line in response:
+        text = line.decode().strip()
+        if text.startswith("data:") and text != "data: [DONE]":
+            yield json.loads(text[5:])
