@@ -1,4 +1,4 @@
-"""`flover bench throughput | latency | compare | startup | workloads`: what each takes; the work is done elsewhere.
+"""`flover bench throughput | latency | compare | startup | workloads | paper`: what each takes; no work.
 
 Options are named as in vLLM's `bench`. Other commands of the group register with `app`.
 """
@@ -119,3 +119,20 @@ def workloads() -> int:
     from flover.cli.bench_load import print_workloads
 
     return print_workloads()
+
+
+@app.command()
+def paper(
+    *,
+    figure: Annotated[list[str] | None, typer.Option(help="4a, 4b, 4c, progress, 8, ...; none: all")] = None,
+    output: Annotated[Path, typer.Option(help="a folder: JSON and PNG of each figure")],
+    scale: Annotated[str, typer.Option(help="tiny: a CPU, two minutes; full: true sizes, a GPU")] = "tiny",
+    model: Annotated[list[str] | None, typer.Option(help="gptj-6b, llama-13b, ...; none: all")] = None,
+    seed: Annotated[int, typer.Option(help="of prompts, lengths and arrivals")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="make again what is there")] = False,
+) -> int:
+    """The figures of the paper, made again: its numbers, ours, and whether the claim holds."""
+    from flover.cli.bench_paper import run_paper
+
+    return run_paper(figure or [], output, scale, seed, device, model or [], overwrite)

@@ -1,0 +1,178 @@
+"""`flover bench paper`: every figure of the paper as JSON and PNG in one folder.
+
+`ID.json` says what the paper has, what we have, on what machine, by which command, and whether the claim holds;
+`ID.png` shows it. A figure whose JSON was made with the same settings is not made again, so an interrupted run goes on.
+A figure that cannot run is written with its reason in `gap`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flover.bench.figures import arrivals, headline, lengths, progress, reorder
+from flover.bench.figures.context import Bench, Data, Figure, gap_figure
+from flover.bench.figures.scale import SCALES
+from flover.bench.results import provenance, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A figure: its title, its function, and where its picture is drawn (`module:function`, loaded with matplotlib)."""
+
+    title: str
+    make: Callable[[Bench], Figure]
+    draw: str
+
+
+FIGURES: dict[str, Entry] = {
+    "4a": Entry("Overall time of 1 to 32 requests at a fixed interval", headline.figure_4a, "pictures:draw_4a"),
+    "4b": Entry("Throughput of 1 to 32 requests at a fixed interval", headline.figure_4b, "pictures:draw_4b"),
+    "4c": Entry("Latency among many over latency alone", headline.figure_4c, "pictures:draw_4c"),
+    "progress": Entry(
+        "Progress over time: fused, concurrent instances, dynamic batching",
+        progress.figure_progress,
+        "pictures:draw_progress",
+    ),
+    "8": Entry("Poisson arrivals: iterations, overlap, speed-up", arrivals.figure_8, "pictures:draw_8"),
+    "fixed": Entry("Few arrivals of several sequences each", arrivals.figure_fixed, "pictures:draw_fixed"),
+    "random": Entry("Random output lengths: what reordering gains", lengths.figure_random, "pictures_kv:draw_random"),
+    "reorder": Entry("Reorder plans: moves, bytes, milliseconds", reorder.figure_reorder, "pictures_kv:draw_reorder"),
+    "memory": Entry("KV memory over time: live, reserved, released", lengths.figure_memory, "pictures_kv:draw_memory"),
+    "tp": Entry("Random lengths under tensor parallelism", lengths.figure_tp, "pictures_kv:draw_tp"),
+}
+
+
+def check(figures: Sequence[str], scale: str, models: Sequence[str]) -> None:
+    """ValueError naming an unknown figure, scale or model, and the known ones."""
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    for kind, given, known in (("figure", figures, list(FIGURES)), ("model", models, list(SCALES[scale].shapes))):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+
+
+def run_figures(
+    figures: Sequence[str],
+    output: Path,
+    scale: str = "tiny",
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    models: Sequence[str] = (),
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Make the figures (none named: all); -> how many have no gap for a verdict.
+
+    Args:
+        output: a folder, made if need be. models: those of the paper to run; none: all.
+        overwrite: make again what is there.
+        say: told what happens, a line at a time.
+
+    Raises:
+        ValueError: an unknown figure, scale or model, or no such device.
+    """
+    check(figures, scale, models)
+    output.mkdir(parents=True, exist_ok=True)
+    with_pictures = find_spec("matplotlib") is not None
+    if not with_pictures:
+        say('no pictures, only JSON: matplotlib is missing (pip install "flover[plot]")')
+    done = 0
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(
+            SCALES[scale],
+            seed,
+            output,
+            Path(place),
+            device=device,
+            only=models,
+            overwrite=overwrite,
+            say=lambda piece: say(f"  {piece}"),
+        )
+        for name in figures or FIGURES:
+            path = output / f"{name}.json"
+            data = None if overwrite else _stored(path, bench)
+            if data is None:
+                say(f"{name}: {FIGURES[name].title}")
+                data = _make(name, bench)
+                write_json(path, data)
+            else:
+                say(f"{name}: kept from an earlier run")
+            if with_pictures and data["rows"]:
+                _draw(name, data, path.with_suffix(".png"))
+            say(f"  {data['verdict']}")
+            done += not data["verdict"].startswith("Gap")
+    return done
+
+
+def _stored(path: Path, bench: Bench) -> Data | None:
+    """A finished figure of the same settings."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        same = isinstance(data, dict) and data.get("settings") == bench.identity
+    except (OSError, ValueError):
+        return None
+    return data if same and not data["verdict"].startswith("Gap") else None
+
+
+def _make(name: str, bench: Bench) -> Data:
+    try:
+        figure = FIGURES[name].make(bench)
+    except MemoryError as error:
+        figure = gap_figure(f"out of memory: {error}")
+    environment = provenance(bench.device)
+    stand_in = (
+        f"Scale {bench.scale.name}: random models of two layers stand in for the paper's; compare shapes and ratios."
+    )
+    data: Data = {
+        "id": name,
+        "title": FIGURES[name].title,
+        "claim": (FIGURES[name].make.__doc__ or "").strip(),
+        "verdict": figure.verdict,
+        "paper": figure.paper,
+        "ours": figure.ours,
+        "environment": environment,
+        "command": environment.pop("command"),
+        "seed": bench.seed,
+        "scale": bench.scale.name,
+        "settings": bench.identity,
+        "notes": figure.notes if bench.scale.name == "full" else [stand_in, *figure.notes],
+        "same_tokens_as_serial": _same(figure.tokens),
+        "rows": figure.rows,
+        "tokens": figure.tokens,
+        "gaps": figure.gaps,
+        "plot": figure.plot,
+    }
+    if figure.verdict.startswith("Gap"):
+        data["gap"] = figure.verdict.removeprefix("Gap: ")
+    normal: Data = json.loads(json.dumps(data))  # as the next run will read it
+    return normal
+
+
+def _same(tokens: Sequence[Data]) -> Data | None:
+    """Over all runs of a figure; None where none generated a token."""
+    if not tokens:
+        return None
+    requests, identical = (sum(row[key] for row in tokens) for key in ("requests", "identical"))
+    first = [row["first_parting"] for row in tokens if row["first_parting"] is not None]
+    return {"requests": requests, "share_identical": identical / requests, "first_parting": min(first, default=None)}
+
+
+def _draw(name: str, data: Data, path: Path) -> None:
+    from importlib import import_module
+
+    from flover.bench.figures.style import FONT, save
+
+    module, _, function = FIGURES[name].draw.partition(":")
+    import matplotlib
+
+    draw: Any = getattr(import_module(f"flover.bench.figures.{module}"), function)
+    with matplotlib.rc_context(FONT):
+        save(draw(data), path)

@@ -1,0 +1,232 @@
+"""`flover bench paper` at a micro scale: every figure, resumption, gaps, and the theory behind the bounds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flover.bench import paper
+from flover.bench.figures import context
+from flover.bench.figures.context import Bench, agree
+from flover.bench.figures.scale import SHAPES, TINY, Bytes
+from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
+from flover.bench.records import Job
+from flover.cli import main
+from flover.config import DTYPE_BYTES, ModelConfig
+
+MICRO = replace(
+    TINY,
+    name="micro",
+    num_output=4,
+    requests=(1, 2),
+    draws=2,
+    repeats=1,
+    poisson_ms=(20, 5000),
+    fixed_requests=(1, 2),
+    fixed_batches=(1,),
+    lower=2,
+    upper={2: (4,)},
+    tp=(4, (2,)),
+    lens=(512,),
+    slots=(32, 64),
+    traces=2,
+    runs=1,
+)
+KEYS = {"id", "title", "paper", "ours", "environment", "command", "seed", "scale", "verdict", "notes", "rows", "gaps"}
+
+
+@pytest.fixture(autouse=True)
+def micro(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "SCALES", {"micro": MICRO})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All figures, made once."""
+    folder = tmp_path_factory.mktemp("figures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "SCALES", {"micro": MICRO})
+        paper.run_figures([], folder, "micro", device="cpu", say=lambda _: None)
+    return folder
+
+
+def stored(folder: Path, name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return data
+
+
+@pytest.mark.parametrize("name", paper.FIGURES)
+def test_every_figure_says_what_it_must(folder: Path, name: str) -> None:
+    data = stored(folder, name)
+    assert data.keys() >= KEYS
+    assert (data["id"], data["scale"], data["seed"]) == (name, "micro", 0)
+    assert data["verdict"].split()[0].strip(":") in ("Reproduced", "Partly", "No", "Gap")
+    assert all(isinstance(value, int | float | str | None) for row in data["rows"] for value in row.values())
+    assert len({tuple(row) for row in data["rows"] if row.get("system") != "serial"}) <= 2  # one table
+    assert data["environment"]["torch"]
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", [name for name in paper.FIGURES if name != "reorder"])
+def test_tokens_are_those_of_serial(folder: Path, name: str) -> None:
+    data = stored(folder, name)
+    assert data["same_tokens_as_serial"]["share_identical"] == 1
+    assert data["same_tokens_as_serial"]["requests"] == sum(row["requests"] for row in data["tokens"]) > 0
+
+
+def test_models_that_a_scale_lacks_are_gaps(folder: Path) -> None:
+    assert {gap["model"] for gap in stored(folder, "4a")["gaps"]} == {"llama-33b", "llama-65b"}
+    assert [gap["ranks"] for gap in stored(folder, "tp")["gaps"]] == [2, 4, 8]
+
+
+def test_nothing_is_made_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "_make", lambda *_: pytest.fail("made again"))
+    lines: list[str] = []
+    done = paper.run_figures(["4a", "reorder"], folder, "micro", device="cpu", say=lines.append)
+    assert done == 2
+    assert [line for line in lines if "kept" in line] == [
+        "4a: kept from an earlier run",
+        "reorder: kept from an earlier run",
+    ]
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = Bench._serve
+    served: list[str] = []
+
+    def interrupted(self: Bench, model: str, system: str, *rest: Any) -> Any:
+        served.append(f"{model} {system}")
+        if len(served) == 3:
+            raise KeyboardInterrupt
+        return serve(self, model, system, *rest)
+
+    monkeypatch.setattr(Bench, "_serve", interrupted)
+    options: dict[str, Any] = {"device": "cpu", "models": ["gptj-6b"], "say": lambda _: None}
+    with pytest.raises(KeyboardInterrupt):
+        paper.run_figures(["reorder", "4b"], tmp_path, "micro", **options)
+    assert not (tmp_path / "4b.json").exists()
+    assert paper.run_figures(["reorder", "4b"], tmp_path, "micro", **options) == 2
+    assert served[:2] == ["gptj-6b serial", "gptj-6b fused:move"]
+    assert served[2] == served[3]  # what was interrupted; what came before it is not run again
+    assert len(served) == 5
+    paper.run_figures(["4a"], tmp_path, "micro", **options)
+    assert len(served) == 5  # of the same runs
+    paper.run_figures(["4a"], tmp_path, "micro", seed=1, **options)
+    assert len(served) == 9
+
+
+def test_what_does_not_fit_is_a_gap_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("the weights take 130 GiB but only 100 GiB is free")
+
+    monkeypatch.setattr(context, "resolve", refuse)
+    monkeypatch.setattr(context, "make_system", lambda *_: pytest.fail("loaded"))
+    names = [name for name in paper.FIGURES if name != "reorder"]
+    assert paper.run_figures(names, tmp_path, "micro", device="cpu", say=lambda _: None) == 0
+    for name in names:
+        data = stored(tmp_path, name)
+        assert data["gap"], name
+        assert "only 100 GiB is free" in json.dumps(data["gaps"]), name
+
+
+def test_a_system_that_is_absent_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = context.make_system
+
+    def some(name: str, config: Any) -> Any:
+        if name.startswith("concurrent"):
+            raise ImportError("no such package")
+        return make(name, config)
+
+    monkeypatch.setattr(context, "make_system", some)
+    names = ["4a", "progress", "fixed", "random"]
+    assert paper.run_figures(names, tmp_path, "micro", device="cpu", say=lambda _: None) == 4
+    for name in names:
+        assert "no such package" in json.dumps(stored(tmp_path, name)["gaps"])
+        assert (tmp_path / f"{name}.png").exists()
+
+
+def test_without_matplotlib_there_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "find_spec", lambda _: None)
+    lines: list[str] = []
+    assert paper.run_figures(["reorder"], tmp_path, "micro", device="cpu", say=lines.append) == 1
+    assert sum("matplotlib" in line for line in lines) == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--figure", "5x"], "unknown figure '5x'; known: 4a, 4b, 4c, progress, 8, fixed, random, reorder, memory, tp"),
+        (["--scale", "huge"], "scale must be one of"),
+        (["--model", "gpt5"], "unknown model 'gpt5'; known: gptj-6b"),
+    ],
+)
+def test_mistakes_are_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--scale", "micro", *options]
+    assert main(["bench", "paper", "--output", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ---- theory ----------------------------------------------------------------------------------------------------------
+
+
+def test_serial_is_a_queue() -> None:
+    assert queue_ends([0, 1, 10], [4, 2, 3]) == [4, 6, 13]
+
+
+def test_arrivals_bound_the_gain() -> None:
+    assert [round(arrival_bound(32, i), 1) for i in (0.089, 0.055, 0.037, 0.046)] == [8.5, 11.8, 14.9, 13.2]
+    assert arrival_bound(32, 0) == 32
+    assert arrival_bound(4, 2) == 1  # whoever is served before the next arrives has nothing to gain
+
+
+def test_fusion_without_overhead() -> None:
+    """Two of three steps; the second arrives during the first one's second step and joins its third."""
+    jobs = [Job(0.0, (1, 2), 3), Job(1.5, (1,), 3)]
+    seen: list[tuple[int, int]] = []
+
+    def step(rows: int, tokens: int) -> float:
+        seen.append((rows, tokens))
+        return 1.0
+
+    result = simulate(jobs, step)
+    assert seen == [(1, 2), (1, 3), (2, 5), (1, 2), (1, 3)]
+    assert result == (5.0, 5, 6, (3.0 + 3.5) / 2)
+
+
+def test_a_gap_in_the_arrivals_is_waited_for() -> None:
+    assert simulate([Job(0.0, (1,), 1), Job(10.0, (1,), 1)], lambda *_: 1.0).seconds == 11
+
+
+def test_bytes_of_true_shapes() -> None:
+    """Parameters read a step: 5.84e9 of GPT-J (ROOFLINE in the documentation); K and V of a token of 13B: 819,200."""
+    shape = ModelConfig.from_dict(SHAPES["llama-13b"])
+    size = Bytes.of(SHAPES["llama-13b"], DTYPE_BYTES["bfloat16"], 26_031_739_904)
+    assert size.kv_per_token == 819_200
+    assert size.weights == 26_031_739_904 - 2 * shape.vocab_size * shape.hidden_size
+    assert size.request(8, 3) == sum(size.step(tokens) for tokens in (8, 9, 10))
+
+
+def test_parameters_of_the_shapes(tmp_path: Path) -> None:
+    """13.0, 32.5 and 65.3 billion: 65B has its true intermediate size."""
+    bench = Bench(replace(MICRO, shapes=SHAPES, dtype="bfloat16"), 0, tmp_path, tmp_path, device="cpu")
+    billions = {}
+    for model in SHAPES:
+        size = bench.bytes_of(model)
+        shape = ModelConfig.from_dict(SHAPES[model])
+        billions[model] = round(size.weights / 2e9 + shape.vocab_size * shape.hidden_size / 1e9, 1)
+    assert billions == {"gptj-6b": 6.1, "llama-13b": 13.0, "llama-33b": 32.5, "llama-65b": 65.3}
+
+
+def test_agreement_with_serial() -> None:
+    assert agree([[1, 2, 3], [4, 5]], [[1, 2], [4, 6]]) == {"requests": 2, "identical": 1, "first_parting": 1}
+    assert agree([[1], [2]], [[1]]) == {"requests": 1, "identical": 1, "first_parting": None}
