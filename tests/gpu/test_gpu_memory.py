@@ -159,3 +159,24 @@ def test_memory_is_freed_with_the_engine(tmp_path: Path) -> None:
         gc.collect()
         left.append(free_memory())
     assert left[1] - left[3] <= 64 * MIB
+
+
+def test_the_memory_plan_holds(tmp_path: Path) -> None:
+    """A heavy load stays within what was planned for weights, the largest step and the cache."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    settings: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "kv_cache_memory_bytes": 256 * MIB}
+    with LLM(str(tmp_path), device="cuda", load_format="dummy", **settings) as llm:
+        plan = llm.engine.core.resolved.memory
+        prompts = [{"prompt_token_ids": [i % 500] * (20 + 3 * i)} for i in range(120)]
+        params = [
+            SamplingParams(max_tokens=12, ignore_eos=True, top_p=0.9, top_k=40, logprobs=5 * (i % 3), seed=i)
+            for i in range(len(prompts))
+        ]
+        llm.generate(prompts, params)
+        peak = torch.cuda.max_memory_reserved() - before
+    assert plan.step > 0
+    assert peak <= plan.weights + plan.step + plan.kv
