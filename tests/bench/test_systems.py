@@ -193,10 +193,12 @@ def test_more_instances_than_fit_are_refused(echo: EngineConfig, monkeypatch: py
     monkeypatch.setattr("flover.engine.engine.detect_hardware", lambda device: Hardware("cpu", int(4.5 * each / 0.9)))
     with pytest.raises(ValueError, match=r"^5 instances need 60\.0 KiB .*concurrent:4 would fit$"):
         make_system("concurrent:5", echo)
-    system = make_system("concurrent", echo)
-    assert isinstance(system, instances.ConcurrentSystem)
-    assert system.count == 4
-    system.close()
+    for cores, count in ((64, 4), (2, 2)):
+        monkeypatch.setattr(instances.os, "cpu_count", lambda cores=cores: cores)
+        system = make_system("concurrent", echo)
+        assert isinstance(system, instances.ConcurrentSystem)
+        assert system.count == count
+        system.close()
 
 
 def test_an_instance_that_fails_ends_the_run(echo: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
