@@ -4,8 +4,9 @@ Each instance has a thread, the KV cache of one request and, on a GPU, its strea
 free one takes the oldest waiting request and serves it to its end. Layers hold nothing of a request, so the instances
 share one model.
 
-On a CPU every instance computes on num_threads // N threads of OpenMP (at least one), which are its own: together they
-take no more than there are. Up to N = cores that beats one request at a time on all of them, beyond it loses. An instance's thread does all of its torch work, for the reason given in `engine.executor`.
+On a CPU every instance computes on num_threads // N threads of OpenMP (at least one), which are its own. N = cores is
+then faster than one request at a time on all cores; more instances are slower. An instance's thread does all of its
+torch work, for the reason given in `engine.executor`.
 """
 
 from __future__ import annotations
