@@ -4,8 +4,9 @@ Each instance has a thread, the KV cache of one request and, on a GPU, its strea
 free one takes the oldest waiting request and serves it to its end. Layers hold nothing of a request, so the instances
 share one model.
 
-On a CPU every instance computes on cores // N threads of OpenMP (at least one), which are its own: together they do not
-take more than there are. An instance's thread does all of its torch work, for the reason given in `engine.executor`.
+On a CPU every instance computes on num_threads // N threads of OpenMP (at least one), which are its own. N = cores is
+then faster than one request at a time on all cores; more instances are slower. An instance's thread does all of its
+torch work, for the reason given in `engine.executor`.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class ConcurrentSystem:
 
     Args:
         config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
-        count: instances; None: 32, or as many as max_num_seqs or the memory allows.
+        count: instances; None: 32, or as many as max_num_seqs, the memory or, on a CPU, its cores allow.
         asleep: instances sleep while a GPU computes, and do not spin; None: if they are more than the cores.
 
     Raises:
@@ -117,12 +118,13 @@ class ConcurrentSystem:
 
     def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
         self.name = name
-        wanted = config.max_num_seqs or DEFAULT_INSTANCES
+        cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
         config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
         folder, model_config, hardware, weights = survey(config)
         resolved = settle(config, folder, model_config, hardware, weights)
         most = most_instances(resolved)
-        self.count = count or min(DEFAULT_INSTANCES, wanted, most)
+        on_cpu = resolved.engine.device == "cpu"
+        self.count = count or min(DEFAULT_INSTANCES, wanted, most, cores if on_cpu else most)
         if self.count > most:
             memory = resolved.memory
             needed = memory.weights + self.count * (memory.step + memory.kv)
@@ -130,24 +132,24 @@ class ConcurrentSystem:
                 f"{self.count} instances need {human(needed)} (KV cache {human(memory.kv)} and largest step "
                 f"{human(memory.step)} each), {human(memory.free)} is free: concurrent:{most} would fit"
             )
-        if resolved.engine.device == "cpu":  # the instance computes in `submit`: nothing would overlap
+        if on_cpu:  # the instance computes in `submit`: nothing would overlap
             config = replace(config, overlap_depth=0)
         if asleep is None:
-            asleep = self.count > (os.cpu_count() or 1)
-        cores = config.num_threads or torch.get_num_threads()
+            asleep = self.count > cores
+        threads = config.num_threads or torch.get_num_threads()
         self._workers = [ThreadPoolExecutor(1, f"flover-instance-{i}") for i in range(self.count)]
         self.instances: list[Instance] = []
         try:
             for worker in self._workers:
                 model = self.instances[0].model if self.instances else None
                 settings = replace(config, num_threads=None), resolved, folder
-                arguments = *settings, max(1, cores // self.count), asleep, model
+                arguments = *settings, max(1, threads // self.count), asleep, model
                 self.instances.append(worker.submit(Instance, *arguments).result())
         except BaseException:
             self.close()
             raise
         finally:
-            torch.set_num_threads(cores)
+            torch.set_num_threads(threads)
 
     def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
         """As `records.System.run`; progress gets the number of jobs finished so far.
