@@ -227,8 +227,7 @@ class Bench:
         except (ImportError, torch.OutOfMemoryError, ValueError) as error:
             raise MissingError(f"{system} on {model}: {' '.join(str(error).split())}") from None
         try:
-            first = max(workloads.values(), key=len)
-            server.run([Job(0.0, job.prompt, min(3, job.num_output)) for job in first])  # warm
+            server.run(warm_up(max(workloads.values(), key=len)))
             runs = {name: self._fastest_run(server, jobs) for name, jobs in workloads.items()}
         finally:
             server.close()
@@ -241,6 +240,11 @@ class Bench:
     def _fastest_run(self, server: System, jobs: Sequence[Job]) -> Run:
         """Of as many as the scale asks for: what others on the machine take is no property of a system."""
         return min((server.run(jobs) for _ in range(self.scale.runs)), key=lambda run: run.duration)
+
+
+def warm_up(jobs: Sequence[Job]) -> list[Job]:
+    """One by one they join and one by one they end: a GPU compiles and captures what each number of rows needs."""
+    return [Job(0.005 * i, job.prompt, min(job.num_output, 2 * len(jobs) + i)) for i, job in enumerate(jobs)]
 
 
 def digest_of(reference: Sequence[Sequence[int]]) -> Callable[[Run, Sequence[Job]], Data]:
