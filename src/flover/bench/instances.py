@@ -10,6 +10,7 @@ take more than there are. An instance's thread does all of its torch work, for t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,15 +48,28 @@ class Session:
 
 
 class Instance:
-    """A core of one row. Made and used on its own thread."""
+    """A core of one row. Made and used on its own thread.
+
+    Args:
+        config, resolved, folder: of `survey` and `settle`, once for all instances.
+        threads: of OpenMP, on a CPU. asleep: `ModelRunner.wait_asleep`. model: the first instance's; None: this is it.
+    """
 
     def __init__(
-        self, config: EngineConfig, resolved: ResolvedConfig, folder: Path, threads: int, model: CausalLM | None
+        self,
+        config: EngineConfig,
+        resolved: ResolvedConfig,
+        folder: Path,
+        threads: int,
+        asleep: bool,
+        model: CausalLM | None,
     ) -> None:
         if resolved.engine.device == "cpu":
             torch.set_num_threads(threads)  # of this thread; also what threads start with that come later
         seconds = WARM_UP_SECONDS if model is None else LATER_WARM_UP_SECONDS
         runner = make_runner(resolved, folder, StartupTimes(), model, seconds)
+        if asleep:
+            runner.wait_asleep()
         self.model = runner.model
         self.core = EngineCore(config, InlineExecutor(runner), resolved)
 
@@ -95,12 +109,13 @@ class ConcurrentSystem:
     Args:
         config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
         count: instances; None: 32, or as many as max_num_seqs or the memory allows.
+        asleep: instances sleep while a GPU computes, and do not spin; None: if they are more than the cores.
 
     Raises:
         ValueError: more than fit, with what they need and how many would; or as `EngineCore`.
     """
 
-    def __init__(self, name: str, config: EngineConfig, count: int | None = None) -> None:
+    def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
         self.name = name
         wanted = config.max_num_seqs or DEFAULT_INSTANCES
         config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
@@ -117,13 +132,16 @@ class ConcurrentSystem:
             )
         if resolved.engine.device == "cpu":  # the instance computes in `submit`: nothing would overlap
             config = replace(config, overlap_depth=0)
+        if asleep is None:
+            asleep = self.count > (os.cpu_count() or 1)
         cores = config.num_threads or torch.get_num_threads()
         self._workers = [ThreadPoolExecutor(1, f"flover-instance-{i}") for i in range(self.count)]
         self.instances: list[Instance] = []
         try:
             for worker in self._workers:
                 model = self.instances[0].model if self.instances else None
-                arguments = replace(config, num_threads=None), resolved, folder, max(1, cores // self.count), model
+                settings = replace(config, num_threads=None), resolved, folder
+                arguments = *settings, max(1, cores // self.count), asleep, model
                 self.instances.append(worker.submit(Instance, *arguments).result())
         except BaseException:
             self.close()

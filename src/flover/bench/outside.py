@@ -25,6 +25,8 @@ from flover.bench.systems import SystemMissing
 from flover.config import EngineConfig, effective_dtype
 from flover.engine.engine import survey
 
+CPU_BLOCK = 256  # tokens in a block of transformers' cache, at least
+
 
 class TransformersSystem:
     """`generate`, one request at a time, with a static cache: on a GPU transformers compiles the forward for it.
@@ -104,7 +106,14 @@ class TransformersBatchSystem(TransformersSystem):
         longest = max((job.num_output for job in jobs), default=1)
         fixed = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
         settings = hugging.GenerationConfig(max_new_tokens=longest, **fixed)
-        with self.model.continuous_batching_context_manager(generation_config=settings, timeout=5) as manager:
+        room = None
+        if self.model.device.type == "cpu":  # by default it fills all memory with a cache and a mask as wide
+            tokens = sum(len(job.prompt) + job.num_output + CPU_BLOCK for job in jobs)
+            sizes = {"num_blocks": 2 * tokens // CPU_BLOCK + 1, "max_batch_tokens": min(max(tokens, 64), 2048)}
+            room = hugging.ContinuousBatchingConfig(**sizes)
+        with self.model.continuous_batching_context_manager(
+            generation_config=settings, continuous_batching_config=room, timeout=5
+        ) as manager:
             origin, stamps = time.monotonic(), time.perf_counter()
             given = finished = 0
             while finished < len(jobs):

@@ -50,7 +50,8 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
     Args:
         name: see the module.
         config: of the engine. What a system is defined by (policy, rows, layout) it sets itself.
-        options: of `dynamic`: stream, preferred, max_batch (`engines.DynamicSystem`); of `openai`: model, timeout.
+        options: of `dynamic`: stream, preferred, max_batch (`engines.DynamicSystem`); of `concurrent`: asleep
+            (`instances.ConcurrentSystem`); of `openai`: model, timeout (`outside.OpenAISystem`).
 
     Raises:
         SystemMissing: an outside system that is not here.
@@ -153,8 +154,8 @@ def _dynamic(name: str, detail: str, config: EngineConfig, options: dict[str, An
 def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.instances import ConcurrentSystem
 
-    _only(name, options)
-    return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None)
+    _only(name, options, "asleep")
+    return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None, **options)
 
 
 def _transformers(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:

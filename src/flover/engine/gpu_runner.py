@@ -58,6 +58,9 @@ class GpuRunner(ModelRunner):
         self._turn = 0
         torch.cuda.current_stream().synchronize()  # the weights are there before another stream reads them
 
+    def wait_asleep(self) -> None:
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(RING)]  # type: ignore[no-untyped-call]
+
     @torch.inference_mode()
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
         """Compile kernels and capture graphs ahead of the first request, until the time is over."""

