@@ -67,13 +67,14 @@ def run_figures(
     device: str = "auto",
     models: Sequence[str] = (),
     overwrite: bool = False,
+    draws: int | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Make the figures (none named: all); -> how many have no gap for a verdict.
 
     Args:
         output: a folder, made if need be. models: those of the paper to run; none: all.
-        overwrite: make again what is there.
+        overwrite: make again what is there. draws: of each Poisson gap; by default the scale's.
         say: told what happens, a line at a time.
 
     Raises:
@@ -94,6 +95,7 @@ def run_figures(
             device=device,
             only=models,
             overwrite=overwrite,
+            draws=draws,
             say=lambda piece: say(f"  {piece}"),
         )
         for name in figures or FIGURES:
@@ -129,7 +131,8 @@ def _make(name: str, bench: Bench) -> Data:
         figure = gap_figure(f"out of memory: {error}")
     environment = provenance(bench.device)
     stand_in = (
-        f"Scale {bench.scale.name}: random models of two layers stand in for the paper's; compare shapes and ratios."
+        f"Scale {bench.scale.name}: random models of two layers stand in for the paper's, and the fastest of"
+        f" {bench.scale.runs} runs counts; compare shapes and ratios."
     )
     data: Data = {
         "id": name,

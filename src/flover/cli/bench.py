@@ -130,9 +130,10 @@ def paper(
     model: Annotated[list[str] | None, typer.Option(help="gptj-6b, llama-13b, ...; none: all")] = None,
     seed: Annotated[int, typer.Option(help="of prompts, lengths and arrivals")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    draws: Annotated[int | None, typer.Option(min=1, help="of each Poisson gap (tiny 3, full 20)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="make again what is there")] = False,
 ) -> int:
     """The figures of the paper, made again: its numbers, ours, and whether the claim holds."""
     from flover.cli.bench_paper import run_paper
 
-    return run_paper(figure or [], output, scale, seed, device, model or [], overwrite)
+    return run_paper(figure or [], output, scale, seed, device, model or [], draws, overwrite)

@@ -14,6 +14,7 @@ def run_paper(
     seed: int,
     device: str,
     models: Sequence[str],
+    draws: int | None,
     overwrite: bool,
 ) -> int:
     """-> 0; gaps are in the figures. ValueError for what is not known."""
@@ -25,6 +26,8 @@ def run_paper(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    run_figures(figures, output, scale, seed=seed, device=device, models=models, overwrite=overwrite, say=say)
+    run_figures(
+        figures, output, scale, seed=seed, device=device, models=models, draws=draws, overwrite=overwrite, say=say
+    )
     say(f"{output}: {time.monotonic() - started:.0f} s; flover bench report {output} makes a page of it")
     return 0

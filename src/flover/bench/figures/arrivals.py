@@ -46,11 +46,12 @@ def figure_8(bench: Bench) -> Figure:
         f" {min(near):.0%} to {max(near):.0%} of what the bytes of its steps allow."
     )
     notes = [
-        f"{count} requests, mean of {scale.draws} draws of each gap; overlap % = tokens / steps / requests.",
+        f"{count} requests, mean of {bench.draws} draws of each scaled gap; overlap % = tokens / steps / requests.",
         "Scaled: the paper's gap as a share of its single request of 5.8 s, times ours.",
         "Against serial the speed-up is at most the number of requests; the paper's baseline was slower than serial.",
     ]
     if count < 32:
+        notes.append("Where a step is mostly overhead, as on a CPU, its bytes are a yardstick and no bound.")
         notes.append("Fewer requests than the paper's 32, and shorter: compare the shape, not the iterations.")
     return Figure(paper, ours, verdict, rows, tokens, notes)
 
@@ -61,17 +62,19 @@ def _poisson_rows(bench: Bench, model: str, ms: int, reference: Data, size: Byte
     kinds = {"scaled": Gap("scaled", share=ms / 1e3 / published.POISSON_SINGLE)}
     if scale.absolute:
         kinds["as published"] = Gap("as published", ms / 1e3)
+    many = {"scaled": bench.draws, "as published": 1}  # absolute gaps have no target, and take minutes
     draws = {
         f"{kind} {draw}": with_arrivals(bench, model, count, gap.of(single), draw)
         for kind, gap in kinds.items()
-        for draw in range(scale.draws)
+        for draw in range(many[kind])
     }
-    runs = bench.measure("poisson", model, OURS, draws, digest_of(reference["tokens"]), f"{ms}ms-{OURS}")
+    label = f"{ms}ms-{bench.draws}draws-{OURS}"
+    runs = bench.measure("poisson", model, OURS, draws, digest_of(reference["tokens"]), label)
     alone = size.request(scale.num_prompt, scale.num_output)
     rows = []
     for kind in kinds:
         found: list[Data] = []
-        for draw in range(scale.draws):
+        for draw in range(many[kind]):
             jobs, run = draws[f"{kind} {draw}"], runs[f"{kind} {draw}"]
             ends = queue_ends([job.arrival for job in jobs], reference["service"])
             scaled = [job._replace(arrival=job.arrival / single * alone) for job in jobs]
@@ -172,8 +175,8 @@ def _fixed_figure(rows: list[Data], tokens: list[Data], gaps: list[Data], most: 
         if numbers and most == 8:
             paper[name] = numbers[1] / published.POISSON_SINGLE
     over = [row["fused_x"] / (row["last_arrival_x"] + 1) for row in shown]
-    rows_better = sum(row["x_over_best"] >= 0.98 for row in shown)
-    word = "Reproduced" if max(over) < 1.15 else "Partly" if rows_better == len(shown) else "No"
+    ahead = sum(row["x_over_best"] >= 0.98 for row in shown)
+    word = "Reproduced" if max(over) < 1.15 else "Partly" if max(over) < 1.5 or ahead == len(shown) else "No"
     verdict = (
         f"{word}: fused ends {min(over):.2f} to {max(over):.2f} times as late as the last of {most} arrivals plus one"
         f" single request, whatever the batch; it is ahead of the better of serial and concurrent by"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Bench:
     """Args: folder: of the output, which gets `pieces/`. models: a place for the config.json of each.
 
     Args:
-        only: names of models to run; none: all of the scale.
+        only: names of models to run; none: all of the scale. draws: of each Poisson gap, if not the scale's.
         say: gets a line before each piece that runs.
     """
 
@@ -95,11 +95,12 @@ class Bench:
         device: str = "auto",
         only: Sequence[str] = (),
         overwrite: bool = False,
+        draws: int | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.scale, self.seed, self.folder, self.overwrite, self.say = scale, seed, folder, overwrite, say
         self.device = detect_hardware(device).device
-        self.only = tuple(only)
+        self.only, self.draws = tuple(only), draws or scale.draws
         self.models = [name for name in scale.shapes if not only or name in only]
         self._places = models
         self._fresh: set[str] = set()
@@ -111,12 +112,13 @@ class Bench:
         """What a stored result must have been made with to be used again."""
         name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         made = hashlib.sha256(repr(self.scale).encode()).hexdigest()[:12]
-        return {"scale": self.scale.name, "sizes": made, "seed": self.seed, "device": name, "models": list(self.only)}
+        settings = {"scale": self.scale.name, "sizes": made, "seed": self.seed, "device": name}
+        return settings | {"models": list(self.only), "draws": self.draws}
 
     def piece(self, name: str, make: Callable[[], Data]) -> Data:
         """`make()`, or what an earlier run with the same settings stored under that name."""
         path = self.folder / "pieces" / f"{name.replace(':', '-').replace('/', '-')}.json"
-        identity = {k: v for k, v in self.identity.items() if k != "models"}
+        identity = {k: v for k, v in self.identity.items() if k not in ("models", "draws")}
         if path.exists() and (not self.overwrite or name in self._fresh):
             stored: Data = json.loads(path.read_text(encoding="utf-8"))
             if stored["identity"] == identity:
@@ -165,7 +167,7 @@ class Bench:
         )
         try:
             _, shape, hardware, weights = survey(config)
-            resolve(config, shape, hardware, weights)
+            resolve(replace(config, kv_layout="slab"), shape, hardware, weights)  # room for every row at its longest
         except ValueError as error:
             raise MissingError(f"{model} with {rows} rows of {limit} tokens: {error}") from None
         return config
@@ -225,9 +227,8 @@ class Bench:
         except (ImportError, torch.OutOfMemoryError, ValueError) as error:
             raise MissingError(f"{system} on {model}: {' '.join(str(error).split())}") from None
         try:
-            first = max(workloads.values(), key=len)
-            server.run([Job(0.0, job.prompt, min(3, job.num_output)) for job in first])  # warm
-            runs = {name: self._median_run(server, jobs) for name, jobs in workloads.items()}
+            server.run(warm_up(max(workloads.values(), key=len)))
+            runs = {name: self._fastest_run(server, jobs) for name, jobs in workloads.items()}
         finally:
             server.close()
         for name, run in runs.items():
@@ -236,10 +237,14 @@ class Bench:
                 raise MissingError(f"{system} on {model}, {name or 'serial'}: {len(errors)} failed: {errors[0]}")
         return runs
 
-    def _median_run(self, server: System, jobs: Sequence[Job]) -> Run:
-        """By duration, of as many runs as the scale asks for."""
-        runs = sorted((server.run(jobs) for _ in range(self.scale.runs)), key=lambda run: run.duration)
-        return runs[len(runs) // 2]
+    def _fastest_run(self, server: System, jobs: Sequence[Job]) -> Run:
+        """Of as many as the scale asks for: what others on the machine take is no property of a system."""
+        return min((server.run(jobs) for _ in range(self.scale.runs)), key=lambda run: run.duration)
+
+
+def warm_up(jobs: Sequence[Job]) -> list[Job]:
+    """One by one they join and one by one they end: a GPU compiles and captures what each number of rows needs."""
+    return [Job(0.005 * i, job.prompt, min(job.num_output, 2 * len(jobs) + i)) for i, job in enumerate(jobs)]
 
 
 def digest_of(reference: Sequence[Sequence[int]]) -> Callable[[Run, Sequence[Job]], Data]:

@@ -54,6 +54,11 @@ def measure_modes(
         found[mode] = bench.measure(group, model, MODES[mode], jobs, digest_of(reference["tokens"]))
     if instances:
         few = {k: j for k, j in jobs.items() if len(j) == most and k.endswith("| 0")}
+        few = {
+            k: j
+            for k, j in few.items()
+            if int(k.split(" | ")[1]) <= max(published.RANDOM["v1_fig_9a_32_requests"]["upper"])
+        }
         try:
             digest = digest_of(reference["tokens"])
             found["concurrent"] = bench.measure(group, model, f"concurrent:{most}", few, digest)

@@ -118,19 +118,12 @@ def draw_progress(data: Data) -> Figure:
             style = "--" if system == "concurrent" else "-"
             wide = 2.8 if system == "fused" else 1.6
             one.plot(x, y, style, color=color, linewidth=wide, label=system, drawstyle="steps-post", zorder=3)
-        one.set_xlabel("time, in single-request times")
+        one.set_xlabel("time, in single-request times; windows scaled alike")
         one.set_title(f"cumulative {name}", loc="left")
         one.set_xlim(0, shown)
         one.set_ylim(bottom=0)
     if late:
-        axes[1].annotate(
-            f"concurrent ends\nat {ends['concurrent']:.1f}",
-            (0.98, 0.04),
-            xycoords="axes fraction",
-            ha="right",
-            color=RED,
-            fontsize=10,
-        )
+        axes[1].set_title(f"cumulative finished requests; concurrent ends at {ends['concurrent']:.1f}", loc="left")
     legend(figure, axes, 4)
     return figure
 

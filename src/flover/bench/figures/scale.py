@@ -71,7 +71,7 @@ class Scale:
         draws: of each Poisson gap. repeats: of the random lengths, each with a seed of its own.
         upper: upper bounds of the output lengths, by number of requests; the lower bound is `lower`.
         tp: upper bound and numbers of requests of the figure with tensor parallelism.
-        runs: of each workload, of which the median one counts: short runs are noisy.
+        runs: of each workload, of which the fastest counts: short runs are noisy.
         threads: of the engine on a CPU; more only get in each other's way where a model is tiny.
         lens: maximum lengths of the reorder study. slots: its numbers of slots; traces: random ones of each length.
     """
