@@ -11,7 +11,7 @@ from operator import index
 from typing import Any
 
 from flover.config import ResolvedConfig
-from flover.request import Request, RowSampling, SamplingParams, show
+from flover.request import ContextLengthError, Request, RowSampling, SamplingParams, show
 from flover.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -86,13 +86,20 @@ class InputProcessor:
         if ids is not None:
             ids = self._token_ids("prompt_token_ids", ids)
         elif text:
+            self._check_length(text)
             ids = self._token_ids("the tokenised prompt", self._need_tokenizer("a text prompt").encode(text))
         if not ids:
             raise ValueError("prompt is empty")
         limit = self._scheduler.max_model_len
         if len(ids) > limit:
-            raise ValueError(f"a prompt of {len(ids)} tokens is longer than the context of {limit}")
+            raise ContextLengthError(f"a prompt of {len(ids)} tokens is longer than the context of {limit}")
         return text, ids
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what cannot fit before the time to tokenise it is spent."""
+        limit = self._scheduler.max_model_len
+        if self._tokenizer is not None and len(text) > limit * self._tokenizer.longest_token:
+            raise ContextLengthError(f"a prompt of {len(text)} characters is longer than the context of {limit} tokens")
 
     def _token_ids(self, name: str, ids: Any) -> list[int]:
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
