@@ -34,7 +34,9 @@ def default_sampling_params(config: EngineConfig, folder: Path) -> SamplingParam
     try:
         return SamplingParams(**values)
     except ValueError as error:
-        raise ValueError(f"{folder / 'generation_config.json'}: {error} (generation_config='none' ignores it)") from None
+        raise ValueError(
+            f"{folder / 'generation_config.json'}: {error} (generation_config='none' ignores it)"
+        ) from None
 
 
 def default_chat_params(config: EngineConfig, folder: Path) -> SamplingParams:
