@@ -88,7 +88,8 @@ class Completion:
         """`text` is new, and so are the logprobs from `scored` on."""
         logprobs = None
         if choice.logprobs is not None:
-            tokens, entries = choice.token_ids[scored:], choice.logprobs[scored:]
+            tokens = choice.token_ids[scored:]
+            entries: list[TokenLogprobs | None] = list(choice.logprobs[scored:])
             offset = len(self._echo(output)) + len(choice.text) - len(text) if scored else 0
             if not scored and self._echo(output):
                 prompt = output.prompt_logprobs or [None] * len(output.prompt_token_ids)

@@ -182,7 +182,7 @@ async def model(service: Service, request: Request) -> Response:
 async def tokenize(service: Service, request: Request) -> Response:
     body = await _body(service, request, TokenizeRequest)
     service.check_model(body.model)
-    tokenizer, engine = service.llm.engine.tokenizer, service.llm.engine
+    tokenizer = service.llm.engine.tokenizer
     if tokenizer is None:
         raise invalid("the model has no tokenizer")
     if body.messages is not None:
@@ -195,7 +195,7 @@ async def tokenize(service: Service, request: Request) -> Response:
             raise invalid(str(error), "prompt") from None
     answer = {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_model_len}
     if body.return_token_strs:
-        answer["token_strs"] = [engine.tokenizer.decode([token], False) for token in tokens]
+        answer["token_strs"] = [tokenizer.decode([token], False) for token in tokens]
     return _json(answer)
 
 

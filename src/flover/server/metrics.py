@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -140,16 +140,14 @@ class Metrics(Collector):
         yield _gauge("num_requests_waiting", "Rows that wait for a place in it.", load.waiting)
         yield _gauge("queue_tokens", "Prompt tokens of prompts that have no token yet.", load.queued_tokens)
         yield _gauge("kv_cache_usage_perc", "KV cache usage; 1 means 100 percent.", self.kv_usage)
-        yield _counter("request_accepted", "Prompts that were queued.", {(): self.accepted})
-        by_reason = {(reason,): count for reason, count in self.finished.items()}
-        yield _counter("request_success", "Prompts that finished.", by_reason, "finished_reason")
-        by_reason = {(reason,): count for reason, count in self.rejected.items()}
-        yield _counter("request_rejected", "Requests refused for load.", by_reason, "reason")
-        yield _counter("request_aborted", "Prompts that were withdrawn.", {(): self.aborted})
-        yield _counter("request_failed", "Prompts that ended with an error.", {(): self.failed})
-        yield _counter("prompt_tokens", "Prompt tokens computed or cached.", {(): self.prompt_tokens})
-        yield _counter("generation_tokens", "Tokens generated.", {(): self.generation_tokens})
-        yield _counter("num_preemptions", "Rows preempted.", {(): self.preemptions})
+        yield _counter("request_accepted", "Prompts that were queued.", self.accepted)
+        yield _counter("request_success", "Prompts that finished.", self.finished, "finished_reason")
+        yield _counter("request_rejected", "Requests refused for load.", self.rejected, "reason")
+        yield _counter("request_aborted", "Prompts that were withdrawn.", self.aborted)
+        yield _counter("request_failed", "Prompts that ended with an error.", self.failed)
+        yield _counter("prompt_tokens", "Prompt tokens computed or cached.", self.prompt_tokens)
+        yield _counter("generation_tokens", "Tokens generated.", self.generation_tokens)
+        yield _counter("num_preemptions", "Rows preempted.", self.preemptions)
         yield self._ttft.family("flover:time_to_first_token_seconds", "Arrival to first token.")
         yield self._itl.family("flover:inter_token_latency_seconds", "Between tokens of a prompt.")
         yield self._e2e.family("flover:e2e_request_latency_seconds", "Arrival to last token, of those that finished.")
@@ -160,8 +158,11 @@ def _gauge(name: str, help: str, value: float) -> Metric:
     return GaugeMetricFamily(f"flover:{name}", help, value=value)
 
 
-def _counter(name: str, help: str, values: dict[tuple[str, ...], float], label: str = "") -> Metric:
-    family = CounterMetricFamily(f"flover:{name}", help, labels=[label] if label else [])
-    for labels, value in values.items():
-        family.add_metric(list(labels), value)
+def _counter(name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
+    """`value` is one number, or one for each value of the label."""
+    if not isinstance(value, Mapping):
+        return CounterMetricFamily(f"flover:{name}", help, value=value)
+    family = CounterMetricFamily(f"flover:{name}", help, labels=[label])
+    for name, count in value.items():
+        family.add_metric([name], count)
     return family

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -120,8 +121,7 @@ class Bodies:
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer while the body still comes: what is on its way is dropped for a while, else the reset of the connection
-    could overtake the answer."""
+    """Answer while the body still comes, and drop what is on its way for a while: a reset could overtake the answer."""
 
     async def send_but_end(message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -135,10 +135,8 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
                 return
 
     await error.response()(scope, receive, send_but_end)
-    try:
+    with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(drop(), LINGER_SECONDS)
-    except asyncio.TimeoutError:
-        pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

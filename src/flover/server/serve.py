@@ -18,6 +18,7 @@ import uvicorn
 
 from flover.async_llm import AsyncLLM
 from flover.server.app import make_app
+from flover.server.http import HttpProtocol
 from flover.server.service import ServerConfig, Service
 
 LINGER = 2.0  # seconds for last answers to reach their clients
@@ -70,6 +71,7 @@ async def _serve(service: Service, listener: socket.socket) -> int:
     service.llm.attach()
     settings = uvicorn.Config(
         make_app(service),
+        http=HttpProtocol,
         log_config=None,
         access_log=False,
         lifespan="off",
