@@ -177,6 +177,7 @@ class ChatCompletionRequest(GenerationRequest):
         result = super().error(error)
         if result.param == "max_tokens" and self.max_completion_tokens is not None:
             result.param = "max_completion_tokens"
+            result.message = result.message.replace("max_tokens", "max_completion_tokens")
         return result
 
 
