@@ -183,9 +183,7 @@ class AsyncLLM:
 
     async def chat_prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> Prompt:
         """A conversation as the prompt that the model's template makes of it, on a thread."""
-        return await self.in_thread(
-            chat_prompt, self.engine.tokenizer, self.engine.folder, messages, add_generation_prompt
-        )
+        return await self.in_thread(chat_prompt, self.engine, messages, add_generation_prompt)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what would hold the loop up, such as tokenising, on one of the tokenizer's threads."""
@@ -193,11 +191,11 @@ class AsyncLLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
-        return default_sampling_params(self.engine.core.resolved.engine, self.engine.folder)
+        return default_sampling_params(self.engine)
 
     def get_default_chat_params(self) -> SamplingParams:
         """The same, with the output limited by the context only, unless generation_config.json limits it."""
-        return default_chat_params(self.engine.core.resolved.engine, self.engine.folder)
+        return default_chat_params(self.engine)
 
     @property
     def live_request_ids(self) -> list[str]:

@@ -147,17 +147,17 @@ class LLM:
 
     def chat_prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> Prompt:
         """A conversation as the prompt that the model's template makes of it."""
-        return chat_prompt(self.engine.tokenizer, self.engine.folder, messages, add_generation_prompt)
+        return chat_prompt(self.engine, messages, add_generation_prompt)
 
     # ---- settings ----------------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
-        return default_sampling_params(self.engine.core.resolved.engine, self.engine.folder)
+        return default_sampling_params(self.engine)
 
     def get_default_chat_params(self) -> SamplingParams:
         """The same, with the output limited by the context only, unless generation_config.json limits it."""
-        return default_chat_params(self.engine.core.resolved.engine, self.engine.folder)
+        return default_chat_params(self.engine)
 
     def explain(self) -> list[Setting]:
         """Every effective setting: name, value, origin, reason."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from flover.config import EngineConfig, generation_defaults
+from flover.config import generation_defaults
+from flover.engine.inputs import check_length
+from flover.engine.llm_engine import LLMEngine
 from flover.request import SamplingParams
-from flover.tokenizer import Tokenizer
 
 Conversation = Sequence[Mapping[str, Any]]
 # generation_config.json -> SamplingParams, as vLLM reads it
@@ -23,34 +23,33 @@ GENERATION_DEFAULTS = {
 }
 
 
-def default_sampling_params(config: EngineConfig, folder: Path) -> SamplingParams:
+def default_sampling_params(engine: LLMEngine) -> SamplingParams:
     """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
-    if config.generation_config == "none":
+    if engine.core.resolved.engine.generation_config == "none":
         return SamplingParams()
-    given = generation_defaults(folder)
+    given = generation_defaults(engine.folder)
     values = {ours: given[name] for name, ours in GENERATION_DEFAULTS.items() if given.get(name) is not None}
     if given.get("do_sample") is False:
         values["temperature"] = 0.0
     try:
         return SamplingParams(**values)
     except ValueError as error:
-        raise ValueError(
-            f"{folder / 'generation_config.json'}: {error} (generation_config='none' ignores it)"
-        ) from None
+        file = engine.folder / "generation_config.json"
+        raise ValueError(f"{file}: {error} (generation_config='none' ignores it)") from None
 
 
-def default_chat_params(config: EngineConfig, folder: Path) -> SamplingParams:
+def default_chat_params(engine: LLMEngine) -> SamplingParams:
     """The same, with the output limited by the context only, unless generation_config.json limits it."""
-    params = default_sampling_params(config, folder)
+    params = default_sampling_params(engine)
     limited = params.max_tokens != SamplingParams().max_tokens
     return params if limited else replace(params, max_tokens=None)
 
 
-def chat_prompt(
-    tokenizer: Tokenizer | None, folder: Path, messages: Conversation, add_generation_prompt: bool = True
-) -> dict[str, Any]:
+def chat_prompt(engine: LLMEngine, messages: Conversation, add_generation_prompt: bool = True) -> dict[str, Any]:
     """A conversation as the prompt that the model's template makes of it: "prompt" and "prompt_token_ids"."""
+    tokenizer = engine.tokenizer
     if tokenizer is None:
-        raise ValueError(f"chat needs a tokenizer, and {folder} has no tokenizer.json")
+        raise ValueError(f"chat needs a tokenizer, and {engine.folder} has no tokenizer.json")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt)
+    check_length(text, tokenizer, engine.core.resolved.scheduler.max_model_len)
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}

@@ -86,20 +86,15 @@ class InputProcessor:
         if ids is not None:
             ids = self._token_ids("prompt_token_ids", ids)
         elif text:
-            self._check_length(text)
-            ids = self._token_ids("the tokenised prompt", self._need_tokenizer("a text prompt").encode(text))
+            tokenizer = self._need_tokenizer("a text prompt")
+            check_length(text, tokenizer, self._scheduler.max_model_len)
+            ids = self._token_ids("the tokenised prompt", tokenizer.encode(text))
         if not ids:
             raise ValueError("prompt is empty")
         limit = self._scheduler.max_model_len
         if len(ids) > limit:
             raise ContextLengthError(f"a prompt of {len(ids)} tokens is longer than the context of {limit}")
         return text, ids
-
-    def _check_length(self, text: str) -> None:
-        """Refuse what cannot fit before the time to tokenise it is spent."""
-        limit = self._scheduler.max_model_len
-        if self._tokenizer is not None and len(text) > limit * self._tokenizer.longest_token:
-            raise ContextLengthError(f"a prompt of {len(text)} characters is longer than the context of {limit} tokens")
 
     def _token_ids(self, name: str, ids: Any) -> list[int]:
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
@@ -175,3 +170,13 @@ class InputProcessor:
             stop_token_ids=tuple(sorted(masked)),
             logprobs=-1 if params.logprobs is None else params.logprobs,
         )
+
+
+def check_length(text: str, tokenizer: Tokenizer, limit: int) -> None:
+    """Refuse a prompt that cannot fit `limit` tokens before the time to tokenise it is spent.
+
+    Raises:
+        ContextLengthError: it is longer than so many of the longest tokens.
+    """
+    if len(text) > limit * tokenizer.longest_token:
+        raise ContextLengthError(f"a prompt of {len(text)} characters is longer than the context of {limit} tokens")

@@ -165,7 +165,7 @@ def completion_logprobs(
         text = "" if entry is None else entry[token].decoded_token or ""
         result["tokens"].append(text)
         result["token_logprobs"].append(None if entry is None else entry[token].logprob)
-        result["top_logprobs"].append(None if entry is None else {text: value for text, value in _best(entry, best)})
+        result["top_logprobs"].append(None if entry is None else dict(_best(entry, best)))
         result["text_offset"].append(offset)
         offset += len(text)
     return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from dataclasses import dataclass
 
 from flover.metrics import StepStats
@@ -61,18 +60,21 @@ class Load:
         self.stats: StepStats | None = None
         self.rows = 0
         self.queued_tokens = 0
-        self._sent: deque[tuple[float, int]] = deque()  # arrival and rows of what the last step cannot have seen
-        self._num_sent = 0
         self._row_rate, self._token_rate = Rate(), Rate()
 
     @property
     def waiting(self) -> int:
-        """Rows that wait for a place: those that the last step left waiting, and what came since beyond free rows."""
-        stats = self.stats
-        if stats is None:
-            return max(0, self._num_sent - self.max_rows)
-        free = 0 if stats.num_waiting else self.max_rows - stats.num_running
-        return min(stats.num_waiting + max(0, self._num_sent - free), self.rows)
+        """Rows without a place in the batch; new ones are taken to find one where there is room."""
+        return max(0, self.rows - (self.max_rows if self._has_room else self._num_running))
+
+    @property
+    def _num_running(self) -> int:
+        return 0 if self.stats is None else self.stats.num_running
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether the last step left nothing waiting."""
+        return self.stats is None or self.stats.num_waiting == 0
 
     @property
     def running(self) -> int:
@@ -82,7 +84,8 @@ class Load:
         """Raises:
         ApiError: 429 with Retry-After, if so much more does not fit the queue.
         """
-        over_rows = self.waiting + max(0, rows - self._free()) - self.max_queued_requests
+        free = max(0, self.max_rows - self.rows) if self._has_room else 0
+        over_rows = self.waiting + max(0, rows - free) - self.max_queued_requests
         over_tokens = self.queued_tokens + tokens - self.max_queued_tokens
         if over_rows > 0 and self.waiting:
             what = f"{self.waiting} requests wait, the limit is {self.max_queued_requests}"
@@ -92,17 +95,17 @@ class Load:
             raise self._full(what, over_tokens, self._token_rate)
 
     def add(self, request_id: str, rows: int, tokens: int) -> None:
-        now = time.monotonic()
-        self.live[request_id] = Live(now, rows, tokens)
+        self.live[request_id] = Live(time.monotonic(), rows, tokens)
         self.rows += rows
         self.queued_tokens += tokens
-        self._sent.append((now, rows))
-        self._num_sent += rows
 
     def stepped(self, stats: StepStats) -> None:
         self.stats = stats
-        while self._sent and self._sent[0][0] <= stats.start:
-            self._num_sent -= self._sent.popleft()[1]
+
+    def shrink(self, one: Live, rows: int) -> None:
+        """Some choices of a prompt have ended: `rows` are left."""
+        self.rows -= one.rows - rows
+        one.rows = rows
 
     def started(self, one: Live) -> None:
         """A prompt got its first token."""
@@ -116,12 +119,8 @@ class Load:
         if not one.num_tokens:
             self.queued_tokens -= one.prompt_tokens
         if not self.live:  # no step will say so
-            self._sent.clear()
-            self._num_sent, self.stats = 0, None
+            self.stats = None
         return one
-
-    def _free(self) -> int:
-        return max(0, self.max_rows - self.rows)
 
     def _full(self, what: str, over: int, rate: Rate) -> ApiError:
         seconds = min(math.ceil(over / max(rate.per_second(), 1e-3)), MAX_RETRY_AFTER)

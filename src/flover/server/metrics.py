@@ -81,9 +81,12 @@ class Metrics(Collector):
             one = self.load.live.get(output.request_id)
             if one is None:
                 continue
-            num_tokens = 0
+            num_tokens = num_open = 0
             for choice in output.outputs:
                 num_tokens += len(choice.token_ids)
+                num_open += choice.finish_reason is None
+            if num_open < one.rows:
+                self.load.shrink(one, num_open)
             new = num_tokens - one.num_tokens
             if new:
                 self.generation_tokens += new
