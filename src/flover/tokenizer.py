@@ -81,7 +81,9 @@ class Tokenizer:
             raise ValueError(
                 f"text holds a lone surrogate at character {error.start}, which no UTF-8 can hold"
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would hold the interpreter's lock all the time, and with it every other thread
+        encoded = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

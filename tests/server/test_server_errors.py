@@ -6,8 +6,10 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from serving import Server, chat, serve
 
@@ -210,6 +212,23 @@ def test_a_long_body_is_refused_before_it_is_read(server: Server) -> None:
     assert b'"code":"body_too_large"' in chunked
     whole = server.http.post("/v1/completions", json={"prompt": "a" * 27_000_000})
     check(whole, 413, None, "body_too_large")
+
+
+def test_long_texts_leave_the_loop_free(server: Server) -> None:
+    def tokenize() -> int:
+        return server.http.post(
+            "/tokenize", json={"prompt": "God created the heaven and the earth " * 20_000}
+        ).status_code
+
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url) as other:
+        long, waits = pool.submit(tokenize), []
+        while not long.done():
+            begin = time.monotonic()
+            assert other.get("/livez").status_code == 200
+            waits.append(time.monotonic() - begin)
+        assert long.result() == 200
+    assert len(waits) > 5
+    assert max(waits) < 0.2
 
 
 def test_a_slow_body(server: Server) -> None:

@@ -19,7 +19,7 @@ from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
 from flover.request import ContextLengthError
 from flover.server.answers import ChatCompletion, Completion
-from flover.server.errors import SERVER, ApiError, engine_dead, from_value_error, invalid
+from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
 from flover.server.middleware import Auth, Bodies, RequestId
 from flover.server.protocol import (
     B,
@@ -263,4 +263,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _bug(request: Request, error: Exception) -> Response:
     """Ours; the log has the traceback."""
-    return ApiError(500, f"internal error: {type(error).__name__}", kind=SERVER, code="internal_error").response()
+    return internal(error).response()

@@ -60,3 +60,8 @@ def engine_dead() -> ApiError:
 
 def draining() -> ApiError:
     return ApiError(503, "the server is shutting down", kind=SERVER, code="draining", headers={"Connection": "close"})
+
+
+def internal(error: Exception) -> ApiError:
+    """A bug of ours; clients are told its type only."""
+    return ApiError(500, f"internal error: {type(error).__name__}", kind=SERVER, code="internal_error")

@@ -73,6 +73,7 @@ async def _serve(service: Service, listener: socket.socket) -> int:
         make_app(service),
         http=HttpProtocol,
         log_config=None,
+        log_level="error",
         access_log=False,
         lifespan="off",
         ws="none",

@@ -7,6 +7,7 @@ cancels the answer, whether it streams or not and whatever it waits for.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Send
 
-from flover.server.errors import ApiError
+from flover.server.errors import ApiError, internal
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
@@ -22,6 +23,7 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
+logger = logging.getLogger("flover")
 _encoder = msgspec.json.Encoder()
 
 
@@ -31,12 +33,15 @@ def event(value: Any) -> bytes:
 
 
 async def send_events(send: Send, events: AsyncIterator[bytes]) -> None:
-    """A whole streamed response; an `ApiError` of `events` is an event too."""
+    """A whole streamed response; an error of `events` is an event too."""
     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
     try:
         async for one in events:
             await send({"type": "http.response.body", "body": one, "more_body": True})
-    except ApiError as error:
+    except Exception as error:
+        if not isinstance(error, ApiError):
+            logger.exception("a stream failed")
+            error = internal(error)
         await send({"type": "http.response.body", "body": event(error.body), "more_body": True})
     await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
