@@ -8,47 +8,79 @@ Invariant: a request ends exactly once, by its own end, an abort, or the death o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from flover.config import EngineConfig
+from flover.engine.defaults import Conversation, chat_prompt, default_chat_params, default_sampling_params
 from flover.engine.inputs import Prompt
-from flover.engine.llm_engine import LLMEngine
+from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.engine.remote import EngineDeadError, RemoteCore
+from flover.metrics import StepStats
 from flover.request import RequestOutput, SamplingParams, nearest
 
 TOKENIZER_THREADS = 4
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class _Stream:
-    """Where a request's newest output waits for its reader."""
+class Observer(Protocol):
+    """Who is told of everything, such as the metrics of a server. Called on the event loop; must not raise."""
 
-    def __init__(self) -> None:
-        self._newest: RequestOutput | None = None
+    def added(self, prepared: Prepared) -> None:
+        """A prompt has been queued; exactly one finished output of it follows, or `died`."""
+
+    def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
+        """A step of the engine: the cumulative output of each prompt that it brought further."""
+
+    def died(self, error: Exception) -> None:
+        """No more steps; prompts that have not finished never will."""
+
+
+class Stream:
+    """The outputs of the prompts that `AsyncLLM.open` has queued: iterate, and close it in any case.
+
+    It holds the newest cumulative output of each prompt, however late its reader.
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._engine = engine
+        self._newest: dict[str, RequestOutput] = {}
+        self._live: set[str] = set()
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
+    def add(self, request_id: str) -> None:
+        self._live.add(request_id)
+
     def put(self, output: RequestOutput) -> None:
-        self._newest = output
+        self._newest[output.request_id] = output
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
         self._error = error
         self._changed.set()
 
-    async def get(self) -> RequestOutput:
-        await self._changed.wait()
-        self._changed.clear()
-        newest, self._newest = self._newest, None
-        if newest is None:
-            assert self._error is not None
-            raise self._error
-        if self._error is not None:  # after what came before it
-            self._changed.set()
-        return newest
+    async def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
+        while self._live:
+            await self._changed.wait()
+            self._changed.clear()
+            newest, self._newest = self._newest, {}
+            for output in newest.values():
+                if output.finished:
+                    self._live.discard(output.request_id)
+                yield output
+            if self._error is not None and self._live:  # after what came before it
+                raise self._error
+
+    def close(self) -> None:
+        """Abort what has not ended."""
+        for request_id in self._live:
+            self._engine.abort(request_id)
+        self._live.clear()
 
 
 class AsyncLLM:
@@ -73,7 +105,8 @@ class AsyncLLM:
         self._core = RemoteCore(config)
         self.engine = LLMEngine(config, self._core)
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="flover-tokenizer")
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}  # by request id, until its last output
+        self.observer: Observer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: Exception | None = None
         self._next_id = 0
@@ -102,27 +135,72 @@ class AsyncLLM:
             ValueError: a bad prompt or parameter, naming it, or a live request_id.
             EngineDeadError: the engine's process has ended.
         """
-        self._attach()
+        prepared = await self.prepare(prompt, sampling_params, request_id, priority=priority, cache_salt=cache_salt)
+        stream = self.open([prepared])
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.close()
+
+    async def prepare(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str = "",
+        *,
+        priority: int | None = None,
+        cache_salt: str = "",
+    ) -> Prepared:
+        """Every check of `generate`, and the tokenising, on a thread; nothing is queued."""
+        self.attach()
         if not request_id:
             self._next_id += 1
             request_id = f"request-{self._next_id}"
-        prepare = partial(
+        return await self.in_thread(
             self.engine.prepare, request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt
         )
-        prepared = await asyncio.get_running_loop().run_in_executor(self._threads, prepare)
-        if self._dead is not None:
-            raise self._dead
-        self.engine.add(prepared)
-        stream = self._streams[request_id] = _Stream()
+
+    def open(self, prepared: Sequence[Prepared]) -> Stream:
+        """Queue prompts, at once and all or none; -> where their outputs come. Who opens a stream closes it.
+
+        Raises:
+            ValueError: a live request_id. EngineDeadError: the engine's process has ended.
+        """
+        self.attach()
+        stream = Stream(self.engine)
         try:
-            while True:
-                output = await stream.get()
-                yield output
-                if output.finished:
-                    return
-        finally:
-            self._streams.pop(request_id, None)
-            self.engine.abort(request_id)  # nothing, if it has ended
+            for one in prepared:
+                self.engine.add(one)
+                self._streams[one.request_id] = stream
+                stream.add(one.request_id)
+                if self.observer is not None:
+                    self.observer.added(one)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def chat_prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> Prompt:
+        """A conversation as the prompt that the model's template makes of it, on a thread."""
+        return await self.in_thread(chat_prompt, self.engine, messages, add_generation_prompt)
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what would hold the loop up, such as tokenising, on one of the tokenizer's threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
+        return default_sampling_params(self.engine)
+
+    def get_default_chat_params(self) -> SamplingParams:
+        """The same, with the output limited by the context only, unless generation_config.json limits it."""
+        return default_chat_params(self.engine)
+
+    @property
+    def live_request_ids(self) -> list[str]:
+        """Of prompts that have not finished."""
+        return list(self._streams)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish_reason "abort". Unknown ids are ignored."""
@@ -136,8 +214,12 @@ class AsyncLLM:
 
     # ---- the reader --------------------------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
-        """Read from the engine on the running loop, whichever it is."""
+    def attach(self) -> None:
+        """Read from the engine on the running loop, whichever it is; requests do it, a server does it before them.
+
+        Raises:
+            EngineDeadError: the engine's process has ended.
+        """
         if self._dead is not None:
             raise self._dead
         loop = asyncio.get_running_loop()
@@ -155,15 +237,24 @@ class AsyncLLM:
         try:
             self._core.receive()
             while self._core.pending:
-                for output in self.engine.step():
-                    stream = self._streams.get(output.request_id)
+                outputs = self.engine.step()
+                for output in outputs:
+                    if output.finished:
+                        stream = self._streams.pop(output.request_id, None)
+                    else:
+                        stream = self._streams.get(output.request_id)
                     if stream is not None:
                         stream.put(output)
+                if self.observer is not None:
+                    self.observer.stepped(outputs, self.engine.last_stats)
         except Exception as error:  # the engine is gone, or what it says cannot be understood
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._detach()
         self._dead = self._dead or error
-        for stream in self._streams.values():
+        for stream in set(self._streams.values()):
             stream.fail(error)
+        self._streams.clear()
+        if self.observer is not None:
+            self.observer.died(error)

@@ -16,6 +16,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flover.request import show
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -52,16 +54,16 @@ def render(template: str, messages: Messages, add_generation_prompt: bool, token
 def check_messages(messages: Any) -> list[dict[str, Any]]:
     """Checked copies, the text parts of a content list joined; ValueError names what is wrong."""
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a non-empty list of {{'role', 'content'}}, got {messages!r}")
+        raise ValueError(f"messages must be a non-empty list of {{'role', 'content'}}, got {show(messages)}")
     chat = []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"a message must be {{'role': text, 'content': text}}, got {message!r}")
+            raise ValueError(f"a message must be {{'role': text, 'content': text}}, got {show(message)}")
         content = message.get("content")
         if isinstance(content, list) and all(_is_text_part(part) for part in content):
             content = "\n".join(part["text"] for part in content)
         if not isinstance(content, str):
-            raise ValueError(f"the content of a message must be text, got {content!r}")
+            raise ValueError(f"the content of a message must be text, got {show(content)}")
         chat.append({**message, "content": content})
     return chat
 

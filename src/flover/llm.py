@@ -10,10 +10,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
-from flover.config import EngineConfig, Setting, generation_defaults
+from flover.config import EngineConfig, Setting
+from flover.engine.defaults import Conversation, chat_prompt, default_chat_params, default_sampling_params
 from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.metrics import Timeline
@@ -21,16 +22,6 @@ from flover.request import RequestOutput, SamplingParams, nearest, show
 from flover.startup import StartupTimes
 
 Params = SamplingParams | Sequence[SamplingParams] | None
-Conversation = Sequence[Mapping[str, Any]]
-# generation_config.json -> SamplingParams, as vLLM reads it
-GENERATION_DEFAULTS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
 
 
 class LLM:
@@ -156,35 +147,17 @@ class LLM:
 
     def chat_prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> Prompt:
         """A conversation as the prompt that the model's template makes of it."""
-        tokenizer = self.engine.tokenizer
-        if tokenizer is None:
-            raise ValueError(f"chat needs a tokenizer, and {self.engine.core.folder} has no tokenizer.json")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        return chat_prompt(self.engine, messages, add_generation_prompt)
 
     # ---- settings ----------------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
-        if self.engine.core.resolved.engine.generation_config == "none":
-            return SamplingParams()
-        folder = self.engine.core.folder
-        given = generation_defaults(folder)
-        values = {ours: given[name] for name, ours in GENERATION_DEFAULTS.items() if given.get(name) is not None}
-        if given.get("do_sample") is False:
-            values["temperature"] = 0.0
-        try:
-            return SamplingParams(**values)
-        except ValueError as error:
-            raise ValueError(
-                f"{folder / 'generation_config.json'}: {error} (generation_config='none' ignores it)"
-            ) from None
+        return default_sampling_params(self.engine)
 
     def get_default_chat_params(self) -> SamplingParams:
         """The same, with the output limited by the context only, unless generation_config.json limits it."""
-        params = self.get_default_sampling_params()
-        limited = params.max_tokens != SamplingParams().max_tokens
-        return params if limited else replace(params, max_tokens=None)
+        return default_chat_params(self.engine)
 
     def explain(self) -> list[Setting]:
         """Every effective setting: name, value, origin, reason."""

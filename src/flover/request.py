@@ -36,6 +36,10 @@ class FinishReason(str, Enum):
     ERROR = "error"  # NaN logits, a failed step; the request's `error` says why
 
 
+class ContextLengthError(ValueError):
+    """A prompt, or a prompt with its output, that is longer than the context."""
+
+
 def show(value: Any) -> str:
     """A value for an error message: one line, not too long, whatever it is."""
     try:

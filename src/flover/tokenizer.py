@@ -8,6 +8,7 @@ Sources: the prefix/read offset technique of TGI and vLLM; chat templates as tra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest entry of the vocabulary."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; ValueError for text that has no UTF-8 form."""
         try:
@@ -75,7 +81,9 @@ class Tokenizer:
             raise ValueError(
                 f"text holds a lone surrogate at character {error.start}, which no UTF-8 can hold"
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would hold the interpreter's lock all the time, and with it every other thread
+        encoded = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

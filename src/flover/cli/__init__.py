@@ -1,4 +1,4 @@
-"""The command line: `flover generate | chat | plan | profile | bench | doctor`.
+"""The command line: `flover generate | chat | serve | plan | profile | bench | doctor`.
 
 Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
 by commands that need it.
@@ -72,6 +72,38 @@ def chat(
     from flover.cli.chat import run_chat
 
     return run_chat(system, sampling, engine)
+
+
+@app.command()
+@with_options(engine=EngineConfig)
+def serve(
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    *,
+    host: Annotated[str, typer.Option(help="0.0.0.0 is every interface")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 is any free one")] = 8000,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="as clients call it; may be repeated")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="may be repeated; better in FLOVER_API_KEY")] = None,
+    max_queued_requests: Annotated[int, typer.Option(help="that may wait; more is a 429")] = 1024,
+    max_queued_tokens: Annotated[int, typer.Option(help="prompt tokens that may wait; more is a 429")] = 1 << 20,
+    max_body_bytes: Annotated[int, typer.Option(help="of a request; more is a 413")] = 8 << 20,
+    body_timeout: Annotated[float, typer.Option(help="seconds for a request to arrive")] = 30.0,
+    drain_timeout: Annotated[float, typer.Option(help="seconds that requests have to finish after SIGTERM")] = 30.0,
+    engine: dict[str, Any],
+) -> int:
+    """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
+    from flover.cli.serve import run_serve
+
+    server = {
+        "host": host,
+        "port": port,
+        "served_model_names": served_model_name or (),
+        "max_queued_requests": max_queued_requests,
+        "max_queued_tokens": max_queued_tokens,
+        "max_body_bytes": max_body_bytes,
+        "body_timeout": body_timeout,
+        "drain_timeout": drain_timeout,
+    }
+    return run_serve(name, api_key or (), server, engine)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from operator import index
 from typing import Any
 
 from flover.config import ResolvedConfig
-from flover.request import Request, RowSampling, SamplingParams, show
+from flover.request import ContextLengthError, Request, RowSampling, SamplingParams, show
 from flover.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -86,12 +86,14 @@ class InputProcessor:
         if ids is not None:
             ids = self._token_ids("prompt_token_ids", ids)
         elif text:
-            ids = self._token_ids("the tokenised prompt", self._need_tokenizer("a text prompt").encode(text))
+            tokenizer = self._need_tokenizer("a text prompt")
+            check_length(text, tokenizer, self._scheduler.max_model_len)
+            ids = self._token_ids("the tokenised prompt", tokenizer.encode(text))
         if not ids:
             raise ValueError("prompt is empty")
         limit = self._scheduler.max_model_len
         if len(ids) > limit:
-            raise ValueError(f"a prompt of {len(ids)} tokens is longer than the context of {limit}")
+            raise ContextLengthError(f"a prompt of {len(ids)} tokens is longer than the context of {limit}")
         return text, ids
 
     def _token_ids(self, name: str, ids: Any) -> list[int]:
@@ -168,3 +170,13 @@ class InputProcessor:
             stop_token_ids=tuple(sorted(masked)),
             logprobs=-1 if params.logprobs is None else params.logprobs,
         )
+
+
+def check_length(text: str, tokenizer: Tokenizer, limit: int) -> None:
+    """Refuse a prompt that cannot fit `limit` tokens before the time to tokenise it is spent.
+
+    Raises:
+        ContextLengthError: it is longer than so many of the longest tokens.
+    """
+    if len(text) > limit * tokenizer.longest_token:
+        raise ContextLengthError(f"a prompt of {len(text)} characters is longer than the context of {limit} tokens")

@@ -126,6 +126,7 @@ class LLMEngine:
             self.tokenizer = Tokenizer.from_folder(self.folder)
         logger.info("%s", self.core.startup_times)
         self.stats: list[StepStats] = []  # kept only under record_timeline
+        self.last_stats: StepStats | None = None
         self.num_steps = 0
         self.num_row_steps = 0  # running rows, summed over the steps
         self._record = config.record_timeline
@@ -224,6 +225,7 @@ class LLMEngine:
         self.core.shutdown()
 
     def _count(self, stats: StepStats) -> None:
+        self.last_stats = stats
         if stats.num_prefill_tokens or stats.num_decode_tokens:
             self.num_steps += 1
             self.num_row_steps += stats.num_running

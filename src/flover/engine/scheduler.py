@@ -23,7 +23,7 @@ from flover.engine.rows import RowTable
 from flover.engine.step import Step, StepOutput, record_rows, take_in
 from flover.kv.protocol import Grant, KVLayout
 from flover.metrics import StepStats
-from flover.request import FinishReason, Request, RequestStatus
+from flover.request import ContextLengthError, FinishReason, Request, RequestStatus
 
 MIN_BUDGET = 64  # tokens; a step of fewer that does not fit will not fit at all
 logger = logging.getLogger("flover")
@@ -58,7 +58,7 @@ def check_size(request: Request, config: SchedulerConfig, kv: KVConfig) -> None:
     prompt, tokens, context = request.num_prompt_tokens, max_computed(request), config.max_model_len
     room = kv.block_size * (kv.num_blocks if kv.layout == "paged" else 1)
     if tokens > context:
-        raise ValueError(f"a prompt of {prompt} tokens is longer than the context of {context}")
+        raise ContextLengthError(f"a prompt of {prompt} tokens is longer than the context of {context}")
     if tokens > room:
         fits = f"max_tokens={room - prompt + 1} would" if prompt <= room else "the prompt alone cannot"
         raise ValueError(

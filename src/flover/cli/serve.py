@@ -1,0 +1,29 @@
+"""`flover serve`: the options of the server as `flover.server` wants them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+KEYS = "FLOVER_API_KEY"
+
+
+def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
+    """-> exit code. Keys of the command line, and those of the environment, separated by commas."""
+    for package in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
+        if find_spec(package) is None:
+            raise ValueError(f'the server needs {package}: pip install "flover[server]"')
+    from flover.server.serve import run
+    from flover.server.service import ServerConfig
+
+    given = os.environ.pop(KEYS, "")  # the engine's process has no use for it
+    keys = [*api_keys, *(given.split(",") if given else ())]
+    options = dict(engine)
+    if model is not None:
+        if "model" in options:
+            raise ValueError(f"give the model once, got {model!r} and --model {options['model']!r}")
+        options["model"] = model
+    return run(replace(ServerConfig(**server), api_keys=keys), options)

@@ -1,0 +1,55 @@
+"""What a checkpoint decides about a request that says nothing: sampling defaults, and the prompt of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from flover.config import generation_defaults
+from flover.engine.inputs import check_length
+from flover.engine.llm_engine import LLMEngine
+from flover.request import SamplingParams
+
+Conversation = Sequence[Mapping[str, Any]]
+# generation_config.json -> SamplingParams, as vLLM reads it
+GENERATION_DEFAULTS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def default_sampling_params(engine: LLMEngine) -> SamplingParams:
+    """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
+    if engine.core.resolved.engine.generation_config == "none":
+        return SamplingParams()
+    given = generation_defaults(engine.folder)
+    values = {ours: given[name] for name, ours in GENERATION_DEFAULTS.items() if given.get(name) is not None}
+    if given.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return SamplingParams(**values)
+    except ValueError as error:
+        file = engine.folder / "generation_config.json"
+        raise ValueError(f"{file}: {error} (generation_config='none' ignores it)") from None
+
+
+def default_chat_params(engine: LLMEngine) -> SamplingParams:
+    """The same, with the output limited by the context only, unless generation_config.json limits it."""
+    params = default_sampling_params(engine)
+    limited = params.max_tokens != SamplingParams().max_tokens
+    return params if limited else replace(params, max_tokens=None)
+
+
+def chat_prompt(engine: LLMEngine, messages: Conversation, add_generation_prompt: bool = True) -> dict[str, Any]:
+    """A conversation as the prompt that the model's template makes of it: "prompt" and "prompt_token_ids"."""
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"chat needs a tokenizer, and {engine.folder} has no tokenizer.json")
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt)
+    check_length(text, tokenizer, engine.core.resolved.scheduler.max_model_len)
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}

@@ -1,0 +1,189 @@
+"""What clients get: the objects of the OpenAI API, made of `RequestOutput`s, whole or in chunks.
+
+Invariant: the deltas of a choice, joined, are the text of the whole answer.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+import flover
+from flover.request import CompletionOutput, RequestOutput, TokenLogprobs
+from flover.server.errors import SERVER, ApiError
+from flover.server.protocol import ChatCompletionRequest, CompletionRequest
+from flover.server.sse import event
+
+Answer = dict[str, Any]
+
+
+class Completion:
+    """The answer to a completion. `num_prompts` prompts, numbered as in the request."""
+
+    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, request: CompletionRequest | ChatCompletionRequest, model: str, num_prompts: int) -> None:
+        self.request, self.num_prompts = request, num_prompts
+        self.n = request.n or 1
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
+        self._newest: dict[int, RequestOutput] = {}  # by prompt
+
+    def request_id(self, prompt: int) -> str:
+        """Of a prompt, to the engine."""
+        return f"{self.id}-{prompt}"
+
+    async def whole(self, outputs: AsyncIterator[RequestOutput]) -> Answer:
+        """The answer, once all has ended; ApiError if part of it failed."""
+        async for output in outputs:
+            self._take(output)
+        choices = [
+            self._choice(output, choice, self._index(prompt, choice))
+            for prompt, output in sorted(self._newest.items())
+            for choice in output.outputs
+        ]
+        return {"id": self.id, "object": self.object, **self._head, "choices": choices, "usage": self._usage()}
+
+    async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
+        """The answer as it grows; ApiError ends it early."""
+        head = {"id": self.id, "object": self.chunk_object, **self._head}
+        usage = {"usage": None} if self.request.include_usage else {}
+        sent: dict[int, tuple[int, int]] = {}  # choice -> characters and logprobs given out
+        over: set[int] = set()
+        for i in range(self.n * self.num_prompts):
+            sent[i] = (0, 0)
+            for first in self._first(i):
+                yield event({**head, "choices": [first], **usage})
+        async for output in outputs:
+            prompt = self._take(output)
+            for choice in output.outputs:
+                i = self._index(prompt, choice)
+                characters, scored = sent[i]
+                if i in over or (len(choice.text) == characters and not choice.finish_reason):
+                    continue
+                if choice.finish_reason:
+                    over.add(i)
+                text = choice.text[characters:] if characters else self._echo(output) + choice.text
+                delta = self._delta(output, choice, i, text, scored)
+                sent[i] = (len(choice.text), len(choice.logprobs or ()))
+                yield event({**head, "choices": [delta], **usage})
+        if self.request.include_usage:
+            yield event({**head, "choices": [], "usage": self._usage()})
+
+    # ---- what differs in a chat --------------------------------------------------------------------------------------
+
+    def _first(self, index: int) -> Iterable[Answer]:
+        """Chunks before any text."""
+        return ()
+
+    def _echo(self, output: RequestOutput) -> str:
+        return (output.prompt or "") if getattr(self.request, "echo", None) else ""
+
+    def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
+        return self._delta(output, choice, index, self._echo(output) + choice.text, 0)
+
+    def _delta(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
+        """`text` is new, and so are the logprobs from `scored` on."""
+        logprobs = None
+        if choice.logprobs is not None:
+            tokens = choice.token_ids[scored:]
+            entries: list[TokenLogprobs | None] = list(choice.logprobs[scored:])
+            offset = len(self._echo(output)) + len(choice.text) - len(text) if scored else 0
+            if not scored and self._echo(output):
+                prompt = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
+                tokens, entries = [*output.prompt_token_ids, *tokens], [*prompt, *entries]
+            logprobs = completion_logprobs(tokens, entries, offset, self.request.logprobs or 0)
+        return {"index": index, "text": text, "logprobs": logprobs, **_ending(choice)}
+
+    # ---- helpers -----------------------------------------------------------------------------------------------------
+
+    def _take(self, output: RequestOutput) -> int:
+        """-> the number of its prompt; ApiError if a choice ended otherwise than by itself."""
+        prompt = int(output.request_id.rpartition("-")[2])
+        self._newest[prompt] = output
+        for choice in output.outputs:
+            if choice.finish_reason == "error":
+                raise ApiError(500, choice.error or "the request failed", kind=SERVER, code="generation_failed")
+            if choice.finish_reason == "abort":
+                raise ApiError(503, "the server has withdrawn the request", kind=SERVER, code="aborted")
+        return prompt
+
+    def _index(self, prompt: int, choice: CompletionOutput) -> int:
+        return prompt * self.n + choice.index
+
+    def _usage(self) -> Answer:
+        outputs = self._newest.values()
+        prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        completion = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
+        cached = sum(output.num_cached_tokens for output in outputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+class ChatCompletion(Completion):
+    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def _first(self, index: int) -> Iterable[Answer]:
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+
+    def _echo(self, output: RequestOutput) -> str:
+        return ""
+
+    def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs(choice, 0), **_ending(choice)}
+
+    def _delta(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
+        delta = {"content": text} if text else {}
+        return {"index": index, "delta": delta, "logprobs": self._logprobs(choice, scored), **_ending(choice)}
+
+    def _logprobs(self, choice: CompletionOutput, scored: int) -> Answer | None:
+        if choice.logprobs is None:
+            return None
+        best = getattr(self.request, "top_logprobs", None) or 0
+        return {"content": chat_logprobs(choice.token_ids[scored:], choice.logprobs[scored:], best), "refusal": None}
+
+
+def _ending(choice: CompletionOutput) -> Answer:
+    reason = {"finish_reason": choice.finish_reason}
+    return reason if choice.stop_reason is None else {**reason, "stop_reason": choice.stop_reason}
+
+
+def completion_logprobs(
+    tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], offset: int, best: int
+) -> Answer:
+    """OpenAI's lists, one entry per token; the first token of a prompt has no probability."""
+    result: Answer = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, entry in zip(tokens, entries):
+        text = "" if entry is None else entry[token].decoded_token or ""
+        result["tokens"].append(text)
+        result["token_logprobs"].append(None if entry is None else entry[token].logprob)
+        result["top_logprobs"].append(None if entry is None else dict(_best(entry, best)))
+        result["text_offset"].append(offset)
+        offset += len(text)
+    return result
+
+
+def chat_logprobs(tokens: Sequence[int], entries: Sequence[TokenLogprobs], best: int) -> list[Answer]:
+    def one(text: str, logprob: float) -> Answer:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return [
+        {
+            **one(entry[token].decoded_token or "", entry[token].logprob),
+            "top_logprobs": [one(text, value) for text, value in _best(entry, best)],
+        }
+        for token, entry in zip(tokens, entries)
+    ]
+
+
+def _best(entry: Mapping[int, Any], best: int) -> list[tuple[str, float]]:
+    ranked = sorted(entry.values(), key=lambda one: one.rank)
+    return [(one.decoded_token or "", one.logprob) for one in ranked[:best]]

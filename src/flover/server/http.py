@@ -1,0 +1,69 @@
+"""uvicorn's HTTP/1.1 protocol (httptools) with what it lacks: limits on a head in bytes and seconds, errors as JSON.
+
+What cannot be parsed, or takes too long or too much before it can be, is answered here and the connection closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from flover.server.errors import ApiError
+
+MAX_HEAD_BYTES = 65_536  # request line and headers
+HEAD_SECONDS = 30.0  # from the first byte to the last
+
+
+class HttpProtocol(HttpToolsProtocol):
+    _head_bytes = 0
+    _in_head = True
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        if self._head_timer is None:  # a later request of the connection
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._late)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._close_with(431, f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
+
+    def send_400_response(self, msg: str) -> None:
+        self._close_with(400, msg)
+
+    def _late(self) -> None:
+        self._head_timer = None
+        if self._in_head and not self.transport.is_closing():
+            self._close_with(408, f"the request's head did not arrive within {HEAD_SECONDS:g} seconds")
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _close_with(self, status: int, message: str) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # else an answer is under way, and this one would mix in
+            body = msgspec.json.encode(ApiError(status, message).body)
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()

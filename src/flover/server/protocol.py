@@ -1,0 +1,250 @@
+"""What clients send: the requests of the OpenAI API, with vLLM's extra sampling fields at top level.
+
+Types are checked here, and ranges by `SamplingParams`. Every error is a 400 that names the parameter and the value.
+Fields that are not known are ignored; those that ask for what is not there yet are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flover.request import SamplingParams, show
+from flover.server.errors import ApiError, from_value_error, invalid
+
+MAX_LOGPROBS = 20
+MAX_PROMPTS = 1024
+ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+NOTHING: tuple[Any, ...] = (None, [], {}, "")
+NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
+    "suffix": NOTHING,
+    "tools": NOTHING,
+    "tool_choice": (*NOTHING, "none", "auto"),
+    "functions": NOTHING,
+    "function_call": (*NOTHING, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": NOTHING,
+    "guided_json": NOTHING,
+    "guided_regex": NOTHING,
+    "guided_choice": NOTHING,
+    "guided_grammar": NOTHING,
+    "audio": NOTHING,
+    "modalities": (*NOTHING, ["text"]),
+    "chat_template": NOTHING,
+    "chat_template_kwargs": NOTHING,
+    "use_beam_search": (None, False),
+}
+
+
+class Body(BaseModel):
+    """A JSON object; strict: `"2"` is no number and `true` no integer."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    def check(self) -> None:
+        """Refuse what is not there yet."""
+        for name, idle in NOT_YET.items():
+            value = (self.model_extra or {}).get(name)
+            if not any(value == one and type(value) is type(one) for one in idle):
+                raise invalid(f"{name} is not supported, got {show(value)}", name)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(Body):
+    """What completions and chats have in common; None is "not given"."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    n: int | None = None
+    best_of: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    seed: int | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+    subject: ClassVar[str]  # the field that an error is about when it names no other
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise invalid(f"best_of must be n, got {show(self.best_of)}", "best_of")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options needs stream to be true", "stream_options")
+
+    def values(self) -> dict[str, Any]:
+        """What was given of `SamplingParams`' fields."""
+        names = SamplingParams.__dataclass_fields__
+        return {k: v for k in type(self).model_fields if k in names and (v := getattr(self, k)) is not None}
+
+    def sampling_params(self, base: SamplingParams) -> SamplingParams:
+        """`base` with what was given on top; ApiError names the parameter at fault."""
+        try:
+            return SamplingParams.from_dict(self.values(), base)
+        except ValueError as error:
+            raise self.error(error) from None
+
+    def error(self, error: ValueError) -> ApiError:
+        """A ValueError about this request."""
+        return from_value_error(error, type(self).model_fields, self.subject)
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    subject = "prompt"
+
+    def check(self) -> None:
+        super().check()
+        _check_logprobs("logprobs", self.logprobs)
+
+    def values(self) -> dict[str, Any]:
+        scored = {"prompt_logprobs": self.logprobs} if self.echo and self.logprobs is not None else {}
+        return {**super().values(), **scored}
+
+    def prompts(self) -> list[Any]:
+        """One prompt for the engine each: text or a list of token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt, list) and prompt:
+            if all(isinstance(one, int) for one in prompt):
+                return [prompt]
+            if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
+                if len(prompt) > MAX_PROMPTS:
+                    raise invalid(f"prompt holds {len(prompt)} prompts, the limit is {MAX_PROMPTS}", "prompt")
+                return prompt
+        wanted = "text, a list of texts, a list of token ids or a list of such lists"
+        raise invalid(f"prompt must be {wanted}, and not empty; got {show(prompt)}", "prompt")
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+
+    subject = "messages"
+
+    def check(self) -> None:
+        super().check()
+        check_messages(self.messages)
+        _check_logprobs("top_logprobs", self.top_logprobs)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid(f"top_logprobs needs logprobs to be true, got {self.top_logprobs}", "top_logprobs")
+
+    def values(self) -> dict[str, Any]:
+        values = super().values()
+        values.pop("logprobs", None)
+        if self.logprobs:
+            values["logprobs"] = self.top_logprobs or 0
+        if self.max_completion_tokens is not None:
+            values["max_tokens"] = self.max_completion_tokens
+        return values
+
+    def error(self, error: ValueError) -> ApiError:
+        result = super().error(error)
+        if result.param == "max_tokens" and self.max_completion_tokens is not None:
+            result.param = "max_completion_tokens"
+            result.message = result.message.replace("max_tokens", "max_completion_tokens")
+        return result
+
+
+class TokenizeRequest(Body):
+    """vLLM's: of a text, or of a conversation as the chat template renders it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if (self.prompt is None) == (self.messages is None):
+            raise invalid("give prompt or messages, one of them", "prompt")
+        if self.messages is not None:
+            check_messages(self.messages)
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+def check_messages(messages: list[dict[str, Any]]) -> None:
+    """Roles; contents are checked where the template is rendered."""
+    for message in messages:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise invalid(f"messages: role must be one of {', '.join(sorted(ROLES))}, got {show(role)}", "messages")
+        if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+            raise invalid(f"messages: a tool message needs tool_call_id, got {show(message)}", "messages")
+
+
+def _check_logprobs(name: str, value: int | None) -> None:
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise invalid(f"{name} must be in [0, {MAX_LOGPROBS}], got {show(value)}", name)
+
+
+B = TypeVar("B", bound=Body)
+
+
+def decode(body: bytes, kind: type[B]) -> B:
+    """A request from its JSON; ApiError if it is none."""
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError:
+        raise invalid("the body is nested too deeply") from None
+    except ValueError as error:  # malformed, not UTF-8, or a number without end
+        raise invalid(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid(f"the body must be a JSON object, got {show(value)}")
+    try:
+        request = kind.model_validate(value)
+    except ValidationError as error:
+        raise _from_validation(error) from None
+    request.check()
+    return request
+
+
+def _from_validation(error: ValidationError) -> ApiError:
+    """The first parameter at fault, with all the types that it may have."""
+    details = error.errors(include_url=False, include_context=False)
+    param = str(details[0]["loc"][0])
+    if details[0]["type"] == "missing":
+        return invalid(f"{param} is required", param)
+    wanted = {detail["msg"].removeprefix("Input should be ") for detail in details if str(detail["loc"][0]) == param}
+    return invalid(f"{param} must be {' or '.join(sorted(wanted))}, got {show(details[0]['input'])}", param)
