@@ -17,7 +17,7 @@ import pytest
 from flover.bench.report import cell
 from flover.bench.report_tables import tables_of
 from flover.bench.report_timeline import TimelineView
-from flover.cli.report import run_report
+from flover.cli.bench_report import run_report
 from flover.metrics import StepStats, Timeline
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>'

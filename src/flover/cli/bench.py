@@ -137,3 +137,14 @@ def paper(
     from flover.cli.bench_paper import run_paper
 
     return run_paper(figure or [], output, scale, seed, device, model or [], draws, overwrite)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="what `flover bench paper --output` has written")],
+    output: Annotated[Path, typer.Option(help="one self-contained HTML file")] = Path("report.html"),
+) -> int:
+    """The figures of a folder as one page: the paper's numbers beside ours, charts, tables, timelines."""
+    from flover.cli.bench_report import run_report
+
+    return run_report(folder, output)
