@@ -50,6 +50,7 @@ PARAMETERS: list[tuple[str, Any]] = [
 ]
 COMPLETIONS: list[tuple[str, Any]] = [
     *(("prompt", value) for value in ("", [], [[]], [""], None, ["a", 1], [1, "a"], [-1], [10**6], [True], {}, 5)),
+    ("prompt", ["a"] * 1025),
     ("logprobs", 21),
     ("logprobs", -1),
     ("logprobs", True),
@@ -120,6 +121,12 @@ def test_parameters(server: Server, path: str, base: dict[str, Any], name: str, 
     code = "context_length_exceeded" if (name, value) == ("max_tokens", 2000) else None
     message = check(response, 400, name, code)
     assert name in message or name in ("prompt", "stream_options", "messages")
+
+
+def test_choices_over_all_prompts_are_bounded(server: Server) -> None:
+    check(server.http.post("/v1/completions", json={"prompt": ["a"] * 300, "n": 4}), 400, "n")
+    biased = {"prompt": "a", "n": 100, "logit_bias": {str(i): 0 for i in range(20_000)}}
+    check(server.http.post("/v1/completions", json=biased), 400, "logit_bias")
 
 
 def test_a_null_is_not_given(server: Server) -> None:
@@ -217,7 +224,7 @@ def test_a_long_body_is_refused_before_it_is_read(server: Server) -> None:
 def test_long_texts_leave_the_loop_free(server: Server) -> None:
     def tokenize() -> int:
         return server.http.post(
-            "/tokenize", json={"prompt": "God created the heaven and the earth " * 20_000}
+            "/tokenize", json={"prompt": "God created the heaven and the earth " * 27_000}
         ).status_code
 
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url) as other:
@@ -228,7 +235,7 @@ def test_long_texts_leave_the_loop_free(server: Server) -> None:
             waits.append(time.monotonic() - begin)
         assert long.result() == 200
     assert len(waits) > 5
-    assert max(waits) < 0.2
+    assert max(waits) < 0.3
 
 
 def test_a_slow_body(server: Server) -> None:
@@ -254,13 +261,13 @@ def test_heads(server: Server, headers: bytes, statuses: tuple[bytes, ...]) -> N
 
 
 def send(server: Server, headers: bytes, body: bytes) -> bytes:
-    """A request by hand; -> what came until the server closed or said nothing for 3 s."""
+    """A request by hand; -> the answer, or what came of it until the server closed or said nothing for 3 s."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     answer = b""
     with socket.create_connection(("127.0.0.1", server.port), timeout=3) as connection:
         try:
             connection.sendall(head + headers + b"\r\n" + body)
-            while data := connection.recv(65_536):
+            while not answer.endswith(b"}}") and (data := connection.recv(65_536)):
                 answer += data
         except (TimeoutError, ConnectionError):
             pass

@@ -15,7 +15,7 @@ import psutil
 from serving import CODE, Server, serve
 
 KEY = "open-sesame"
-LONG = {"prompt": "And it came to pass", "max_tokens": 400, "ignore_eos": True, "stream": True}
+LONG = {"prompt": "And it came to pass", "max_tokens": 250, "ignore_eos": True, "stream": True}
 
 
 def keyed(*options: str):  # type: ignore[no-untyped-def]

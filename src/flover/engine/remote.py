@@ -38,7 +38,12 @@ class RemoteCore:
         mine, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "flover.engine.process", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is the front's business, also while the engine starts
+            )
         self._connection = Connection(mine, FromEngine)
         self._messages: deque[Any] = deque()
         self._requests: dict[str, Request] = {}  # until the engine has reported their end

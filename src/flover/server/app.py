@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,21 +17,22 @@ import flover
 from flover.async_llm import Stream
 from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
-from flover.request import ContextLengthError
+from flover.request import ContextLengthError, SamplingParams
 from flover.server.answers import ChatCompletion, Completion
 from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
 from flover.server.middleware import Auth, Bodies, RequestId
 from flover.server.protocol import (
-    B,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerationRequest,
     TokenizeRequest,
     decode,
 )
 from flover.server.service import Service
 from flover.server.sse import send_events, until_disconnect
 
+T = TypeVar("T")
 INLINE_BYTES = 32_768  # a longer body is decoded on a thread
 
 
@@ -74,20 +75,31 @@ class Generation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.service.check_open()
-        request = await _body(self.service, Request(scope, receive), self.kind)
-        await until_disconnect(receive, self._answer(request, scope, receive, send))
+        request, params = await _body(self.service, Request(scope, receive), self._decode)
+        await until_disconnect(receive, self._answer(request, params, scope, receive, send))
+
+    def _decode(self, body: bytes) -> tuple[GenerationRequest, SamplingParams]:
+        request = decode(body, self.kind)
+        chat = isinstance(request, ChatCompletionRequest)
+        return request, request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
 
     async def _answer(
-        self, request: CompletionRequest | ChatCompletionRequest, scope: Scope, receive: Receive, send: Send
+        self, request: GenerationRequest, params: SamplingParams, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        model = self.service.check_model(request.model)
-        prompts = await self._prompts(request)
+        service, model = self.service, self.service.check_model(request.model)
+        if isinstance(request, CompletionRequest):
+            prompts = request.prompts()
+        else:
+            assert isinstance(request, ChatCompletionRequest)
+            prompts = [await _conversation(service, request.messages, request.add_generation_prompt)]
+        request.check_rows(len(prompts))
+        service.check_room(params.n * len(prompts))  # before the work; what came meanwhile is seen below
         answer: Completion = self.answer(request, model, len(prompts))
         salt = scope.get("state", {}).get("key", "") + (request.cache_salt or "")
         prepared = [
-            await self._prepare(request, prompt, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
+            await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
         ]
-        stream = self.service.open(prepared)
+        stream = service.open(prepared)
         try:
             outputs = _outputs(stream)
             if request.stream:
@@ -97,16 +109,9 @@ class Generation:
         finally:
             stream.close()
 
-    async def _prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[Any]:
-        if isinstance(request, CompletionRequest):
-            return request.prompts()
-        return [await _conversation(self.service, request.messages, request.add_generation_prompt)]
-
     async def _prepare(
-        self, request: CompletionRequest | ChatCompletionRequest, prompt: Any, request_id: str, salt: str
+        self, request: GenerationRequest, prompt: Any, params: SamplingParams, request_id: str, salt: str
     ) -> Prepared:
-        chat = isinstance(request, ChatCompletionRequest)
-        params = request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
         try:
             prepared = await self.service.llm.prepare(prompt, params, request_id, cache_salt=salt)
             wanted, length = request.values().get("max_tokens"), len(prepared.prompt_token_ids)
@@ -137,15 +142,15 @@ async def _conversation(service: Service, messages: Any, add_generation_prompt: 
         raise from_value_error(error, (), "messages") from None
 
 
-async def _body(service: Service, request: Request, kind: type[B]) -> B:
-    """The body, checked; ApiError 415 or 400."""
+async def _body(service: Service, request: Request, read: Callable[[bytes], T]) -> T:
+    """The body as `read` understands it, on a thread if it is long; ApiError 415 or 400."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(415, f"the content type must be application/json, got {content_type[:100]!r}")
     body = await request.body()
     if len(body) < INLINE_BYTES:
-        return decode(body, kind)
-    return await service.llm.in_thread(decode, body, kind)
+        return read(body)
+    return await service.llm.in_thread(read, body)
 
 
 # ---- simple endpoints ------------------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ async def model(service: Service, request: Request) -> Response:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    body = await _body(service, request, TokenizeRequest)
+    body = await _body(service, request, lambda body: decode(body, TokenizeRequest))
     service.check_model(body.model)
     tokenizer = service.llm.engine.tokenizer
     if tokenizer is None:
@@ -200,7 +205,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    body = await _body(service, request, DetokenizeRequest)
+    body = await _body(service, request, lambda body: decode(body, DetokenizeRequest))
     service.check_model(body.model)
     tokenizer, size = service.llm.engine.tokenizer, service.llm.engine.core.resolved.model.vocab_size
     if tokenizer is None:

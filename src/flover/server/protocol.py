@@ -15,7 +15,8 @@ from flover.request import SamplingParams, show
 from flover.server.errors import ApiError, from_value_error, invalid
 
 MAX_LOGPROBS = 20
-MAX_PROMPTS = 1024
+MAX_ROWS = 1024  # choices of one request, over all its prompts
+MAX_ENTRIES = 1 << 20  # of a list, times the rows
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
@@ -112,6 +113,16 @@ class GenerationRequest(Body):
         """A ValueError about this request."""
         return from_value_error(error, type(self).model_fields, self.subject)
 
+    def check_rows(self, num_prompts: int) -> None:
+        """ApiError for more rows than one request may have, or for lists that would be copied to too many."""
+        n = self.n or 1
+        if n * num_prompts > MAX_ROWS:
+            raise invalid(f"n={n} for {num_prompts} prompts makes more than {MAX_ROWS} choices", "n")
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            size = len(getattr(self, name) or ())
+            if size * n * num_prompts > MAX_ENTRIES:
+                raise invalid(f"{name} of {size} entries for {n * num_prompts} choices is too much", name)
+
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -141,8 +152,8 @@ class CompletionRequest(GenerationRequest):
             if all(isinstance(one, int) for one in prompt):
                 return [prompt]
             if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
-                if len(prompt) > MAX_PROMPTS:
-                    raise invalid(f"prompt holds {len(prompt)} prompts, the limit is {MAX_PROMPTS}", "prompt")
+                if len(prompt) > MAX_ROWS:
+                    raise invalid(f"prompt holds {len(prompt)} prompts, the limit is {MAX_ROWS}", "prompt")
                 return prompt
         wanted = "text, a list of texts, a list of token ids or a list of such lists"
         raise invalid(f"prompt must be {wanted}, and not empty; got {show(prompt)}", "prompt")

@@ -79,14 +79,19 @@ class Service:
         """
         self.check_open()
         rows = sum(len(one.choices) for one in prepared)
+        self.check_room(rows, sum(len(one.prompt_token_ids) for one in prepared))
         try:
-            self.load.check(rows, sum(len(one.prompt_token_ids) for one in prepared))
             return self.llm.open(prepared)
+        except EngineDeadError:
+            raise engine_dead() from None
+
+    def check_room(self, rows: int, tokens: int = 0) -> None:
+        """ApiError 429 if so much more does not fit the queue."""
+        try:
+            self.load.check(rows, tokens)
         except ApiError:
             self.metrics.rejected["queue_full"] += 1
             raise
-        except EngineDeadError:
-            raise engine_dead() from None
 
     def check_open(self) -> None:
         """ApiError if nothing is taken in any more."""
