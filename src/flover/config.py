@@ -7,7 +7,7 @@ and records where each value came from (`flover ... --explain`). No torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -432,8 +432,13 @@ def resolve(
     why["kv_cache_memory_bytes"] = ("machine", f"{human(needed)}: {blocks} blocks of {block} tokens")
     values = {f.name: getattr(effective, f.name) for f in fields(effective)}
     values |= {"kv_cache_dtype": cache_dtype, "num_kv_blocks": blocks, "kv_cache_memory_bytes": needed}
+    if config.kv_layout == "paged":
+        why["reorder"] = ("default", "no effect: of the slab only")
+    if config.prefill_mode == "overlap" and device == "cpu":
+        why["prefill_mode"] = ("given", "as mixed: there is no GPU")
+    unknown = ("default", "")
     settings = tuple(
-        Setting(name, value, *(("given", "") if name in given else why.get(name, ("default", ""))))
+        Setting(name, value, "given" if name in given else why.get(name, unknown)[0], _reason(name, why, given))
         for name, value in values.items()
     )
     return ResolvedConfig(
@@ -446,6 +451,12 @@ def resolve(
         MemoryPlan(hardware.free_bytes, weights, step, needed),
         settings,
     )
+
+
+def _reason(name: str, why: Mapping[str, tuple[str, str]], given: Collection[str]) -> str:
+    """Why a setting is what it is; of a given one only if it has no effect."""
+    reason = why.get(name, ("", ""))[1]
+    return reason if name not in given or (reason.startswith(("no effect", "as ")) and name != "dtype") else ""
 
 
 def _check_length(config: EngineConfig, model: ModelConfig, length: int) -> None:

@@ -77,6 +77,8 @@ def report(folder: Path, output: Path) -> int:
                 figures.append(_figure(raw, path.with_suffix(".png")))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             gaps.append((path.name, f"cannot be read: {error}"))
+    if not figures and gaps:
+        raise ValueError(f"{folder} holds no figure that can be read: {gaps[0][0]} {gaps[0][1]}")
     if not figures:
         raise ValueError(f"{folder} holds no figure: flover bench paper --output {folder} makes them")
     figures.sort(key=lambda f: (ORDER.index(f.id) if f.id in ORDER else len(ORDER), f.id))

@@ -231,6 +231,14 @@ def estimates_json(found: Mapping[str, Estimate]) -> dict[str, Any]:
     }
 
 
+def check_output(path: Path | None) -> None:
+    """What `write_json` would fail at, before a run instead of after it; ValueError."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--output-json: folder {path.parent} does not exist")
+    if path is not None and path.is_dir():
+        raise ValueError(f"--output-json: {path} is a folder")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")

@@ -21,6 +21,8 @@ def run_paper(
     from flover.bench.paper import check, run_figures
 
     check(figures, scale, models)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: {output} is a file; give a folder")
     started = time.monotonic()
 
     def say(line: str) -> None:

@@ -22,6 +22,7 @@ from flover.bench.results import (
     Estimate,
     Numbers,
     block,
+    check_output,
     estimates_json,
     measure,
     over_repeats,
@@ -52,8 +53,7 @@ class Bench:
     """A workload for this model and machine, and what a benchmark of it is kept with."""
 
     def __init__(self, load: Load, output: Path | None, options: Mapping[str, Any], **settings: Any) -> None:
-        if output is not None and not output.parent.is_dir():
-            raise ValueError(f"--output-json: folder {output.parent} does not exist")
+        check_output(output)
         self.config = EngineConfig(**options)
         _, model, hardware, _ = survey(self.config)
         limit = self.config.max_model_len or model.max_position_embeddings

@@ -53,8 +53,17 @@ def run_generate(
             stack.callback(results.close)
         todo = [job for job in jobs if results is None or job.index not in results.done]
         if len(todo) < len(jobs):
-            print(f"{len(jobs) - len(todo)} of {len(jobs)} are done already", file=sys.stderr)
-        done = _run(llm, todo, [prepared[job.index] for job in todo], results)
+            kept = f"{len(jobs) - len(todo)} of {len(jobs)} are done already, with whatever parameters they had"
+            print(f"{kept}; remove {output} to run them again", file=sys.stderr)
+        try:
+            done = _run(llm, todo, [prepared[job.index] for job in todo], results)
+        except KeyboardInterrupt:
+            if results is not None:
+                print(
+                    f"interrupted: {len(results.done)} of {len(jobs)} are in {output}; run again to go on",
+                    file=sys.stderr,
+                )
+            raise
         if timeline is not None and done:
             llm.timeline.save(timeline)
             print(f"timeline: {timeline}", file=sys.stderr)

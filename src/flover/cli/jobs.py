@@ -105,7 +105,7 @@ BEGINNING = b'{"index": '  # of every line that `OutputFile` writes
 
 
 class OutputFile:
-    """Finished outputs, one JSON line each, appended and synced as they come. `done` are the indices already there.
+    """Finished outputs, one JSON line each, appended and synced as they come. `done`: indices of those there.
 
     Raises:
         ValueError: a line of an existing file that is no result of these jobs.
@@ -154,6 +154,7 @@ class OutputFile:
         self._file.write(line.encode("utf-8", "replace") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+        self.done.add(entry["index"])
 
     def close(self) -> None:
         self._file.close()

@@ -185,6 +185,9 @@ class EngineCore:
             self.folder, model, hardware, weights = survey(config, self.startup_times)
             resolved = settle(config, self.folder, model, hardware, weights, self.startup_times)
             logger.info("memory: %s", resolved.memory)
+            context, possible = resolved.scheduler.max_model_len, model.max_position_embeddings
+            if config.max_model_len is None and context < possible:
+                logger.warning("the context is cut to the %d tokens that the KV cache holds, of %d", context, possible)
         else:
             self.folder = resolve_model(config.model)
         self.resolved: ResolvedConfig = resolved

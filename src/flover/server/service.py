@@ -51,6 +51,8 @@ class ServerConfig:
                 raise ValueError(f"{name} must be a number of seconds, got {getattr(self, name)}")
         if not all(key.strip() for key in self.api_keys):
             raise ValueError("an API key is empty")
+        if not all(name.strip() for name in self.served_model_names):
+            raise ValueError("a served model name is empty")
 
 
 class Service:
