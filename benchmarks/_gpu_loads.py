@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -10,40 +9,22 @@ from typing import Any
 
 from _gpu_engine import Bench, Engine
 
+from flover.bench.workload import Lognormal
 from flover.config import CHOICES
 from flover.metrics import Distribution
 
 # vLLM 0.26.0, Llama-3-8B bf16 on an H200, measured apart: requests/s -> p99 TTFT, mean TPOT, ms
 VLLM_POISSON = {4: (41, 4.94), 16: (56, 5.84), 32: (76, 6.46)}
-P95 = 1.6448536269514722  # quantile of the standard normal distribution
-WARM_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-
-
-def lognormal(mean: float, p95: float) -> tuple[float, float]:
-    """(mu, sigma) of the lognormal distribution with this mean and 95th percentile.
-
-    mean = exp(mu + sigma^2 / 2) and p95 = exp(mu + z sigma) give sigma^2 / 2 - z sigma + ln(p95 / mean) = 0;
-    the smaller root is the distribution with the lighter tail.
-
-    Raises:
-        ValueError: there is none: p95 is below the mean, or over exp(z^2 / 2) = 3.87 times it.
-    """
-    ratio = math.log(p95 / mean)
-    root = P95 * P95 - 2 * ratio
-    if ratio < 0 or root < 0:
-        raise ValueError(f"no lognormal distribution has mean {mean} and 95th percentile {p95}")
-    sigma = P95 - math.sqrt(root)
-    return math.log(mean) - sigma * sigma / 2, sigma
 
 
 def poisson_trace(rate: float, count: int, limit: int, seed: int = 0) -> tuple[list[tuple[int, int]], list[float]]:
     """Prompt and output lengths (each in [4, limit], together at most `limit`), and arrivals in seconds."""
     rng = random.Random(seed)
-    prompt, output = lognormal(200, 700), lognormal(180, 500)
+    prompt, output = Lognormal.of(200, 700), Lognormal.of(180, 500)
     lengths, arrivals, now = [], [], 0.0
     for _ in range(count):
-        n = min(max(4, round(rng.lognormvariate(*prompt))), limit - 4)
-        m = min(max(4, round(rng.lognormvariate(*output))), limit - n)
+        n = min(max(4, round(rng.lognormvariate(prompt.mu, prompt.sigma))), limit - 4)
+        m = min(max(4, round(rng.lognormvariate(output.mu, output.sigma))), limit - n)
         lengths.append((n, m))
         arrivals.append(now)
         now += rng.expovariate(rate)
@@ -51,10 +32,7 @@ def poisson_trace(rate: float, count: int, limit: int, seed: int = 0) -> tuple[l
 
 
 def warm(engine: Engine, bench: Bench) -> None:
-    """Compile and capture what a load of changing batch sizes meets."""
-    for rows in WARM_ROWS:
-        if rows <= bench.small(256):
-            engine.run([(16, 4)] * rows)
+    """What a load of changing batch sizes meets beside the captured shapes."""
     lengths, arrivals = poisson_trace(32, bench.small(96, 2), bench.small(1900, 64), seed=1)
     engine.run([(n, min(m, 32)) for n, m in lengths], arrivals)
 

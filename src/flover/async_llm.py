@@ -10,17 +10,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from flover.config import EngineConfig
-from flover.engine.defaults import Conversation, chat_prompt, default_chat_params, default_sampling_params
+from flover.engine.defaults import (
+    Conversation,
+    chat_prompt,
+    default_chat_params,
+    default_sampling_params,
+    engine_config,
+)
 from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.engine.remote import EngineDeadError, RemoteCore
 from flover.metrics import StepStats
-from flover.request import RequestOutput, SamplingParams, nearest
+from flover.request import RequestOutput, SamplingParams
 
 TOKENIZER_THREADS = 4
 P = ParamSpec("P")
@@ -95,13 +99,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        known = {f.name for f in fields(EngineConfig)}
-        for name in options:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r}{nearest(name, known)}")
-        if model is not None:
-            options["model"] = str(model)
-        config = EngineConfig(**options)
+        config = engine_config(model, options)
         self._core = RemoteCore(config)
         self.engine = LLMEngine(config, self._core)
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="flover-tokenizer")

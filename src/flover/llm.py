@@ -10,15 +10,20 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
-from flover.config import EngineConfig, Setting
-from flover.engine.defaults import Conversation, chat_prompt, default_chat_params, default_sampling_params
+from flover.config import Setting
+from flover.engine.defaults import (
+    Conversation,
+    chat_prompt,
+    default_chat_params,
+    default_sampling_params,
+    engine_config,
+)
 from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.metrics import Timeline
-from flover.request import RequestOutput, SamplingParams, nearest, show
+from flover.request import RequestOutput, SamplingParams, show
 from flover.startup import StartupTimes
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -36,13 +41,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        known = {f.name for f in fields(EngineConfig)}
-        for name in options:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r}{nearest(name, known)}")
-        if model is not None:
-            options["model"] = str(model)
-        self.engine = LLMEngine(EngineConfig(**options))
+        self.engine = LLMEngine(engine_config(model, options))
         self._next_id, self._closed = 0, False
         self._inboxes: dict[str, dict[str, RequestOutput]] = {}  # request id -> where its stream reads
 

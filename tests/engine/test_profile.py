@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from flover.anatomy import PRODUCT
+from flover.bench.workload import Lognormal
 from flover.bound import Bound, Limits, measured_limits
 from flover.cli import main
 from flover.config import EngineConfig
@@ -190,15 +191,15 @@ def test_settings_of_another_version(benchmark: ModuleType, capsys: pytest.Captu
 
 
 def test_lognormal_has_the_mean_and_tail_asked_for(benchmark: ModuleType) -> None:
-    from _gpu_loads import lognormal, poisson_trace
+    from _gpu_loads import poisson_trace
 
     for mean, p95 in ((200, 700), (180, 500)):
-        mu, sigma = lognormal(mean, p95)
-        assert math.exp(mu + sigma**2 / 2) == pytest.approx(mean)
-        assert math.exp(mu + statistics.NormalDist().inv_cdf(0.95) * sigma) == pytest.approx(p95)
-        assert sigma < 1.6449  # the smaller root
+        law = Lognormal.of(mean, p95)
+        assert math.exp(law.mu + law.sigma**2 / 2) == pytest.approx(mean)
+        assert math.exp(law.mu + statistics.NormalDist().inv_cdf(0.95) * law.sigma) == pytest.approx(p95)
+        assert law.sigma < 1.6449  # the smaller root
     with pytest.raises(ValueError, match="no lognormal"):
-        lognormal(100, 500)
+        Lognormal.of(100, 500)
     lengths, arrivals = poisson_trace(16, 4000, 1900)
     assert all(n >= 4 and m >= 4 and n + m <= 1900 for n, m in lengths)
     assert arrivals[-1] == pytest.approx(250, rel=0.05)

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flover import LLM, SamplingParams
-from flover.config import CHOICES, EngineConfig, Hardware, ModelConfig, resolve
+from flover.config import CHOICES, EngineConfig, Hardware, ModelConfig
 from flover.engine import engine
 from flover.layers.linear import Linear
 from flover.models import loader
 from flover.models.checkpoint import PIECE
+from flover.resolve import resolve
 
 NAMES = [name for name in CHOICES["quantization"] if name != "none"]
 MODELS = ["kjv-llama", "kjv-gpt2"]

@@ -16,10 +16,11 @@ import torch
 
 from flover.bench.batcher import BatchQueue
 from flover.bench.records import Job, Record, Run
-from flover.config import DEFAULT_MAX_NUM_SEQS, EngineConfig
+from flover.config import EngineConfig
 from flover.engine.engine import EngineCore
 from flover.metrics import StepStats
 from flover.request import FinishReason, Request, RowSampling
+from flover.resolve import DEFAULT_MAX_NUM_SEQS
 
 Progress = Callable[[int], None] | None
 

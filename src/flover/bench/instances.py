@@ -24,12 +24,13 @@ import torch
 
 from flover.bench.engines import Progress, abandon, as_request, new_records, release, shift, take_finished, wait_until
 from flover.bench.records import Job, Record, Run
-from flover.config import CPU_MEMORY_SHARE, EngineConfig, ResolvedConfig, human
+from flover.config import EngineConfig, ResolvedConfig, human
 from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.engine import EngineCore, make_runner, settle, survey
 from flover.engine.executor import InlineExecutor
 from flover.metrics import StepStats
 from flover.models.base import CausalLM
+from flover.resolve import memory_share
 from flover.startup import StartupTimes
 
 DEFAULT_INSTANCES = 32  # as many as the paper has requests
@@ -203,8 +204,7 @@ class ConcurrentSystem:
 
 def most_instances(resolved: ResolvedConfig) -> int:
     """How many caches and steps of one row fit beside the weights."""
-    engine, memory = resolved.engine, resolved.memory
-    share = CPU_MEMORY_SHARE if engine.device == "cpu" else engine.gpu_memory_utilization
+    memory, share = resolved.memory, memory_share(resolved.engine, resolved.engine.device)
     return int((memory.free * share - memory.weights) // (memory.step + memory.kv))
 
 

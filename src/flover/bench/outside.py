@@ -22,8 +22,9 @@ import torch
 from flover.bench.engines import Progress, new_records, release, wait_until
 from flover.bench.records import Job, Record, Run
 from flover.bench.systems import SystemMissing
-from flover.config import EngineConfig, effective_dtype
+from flover.config import EngineConfig
 from flover.engine.engine import survey
+from flover.resolve import effective_dtype
 
 CPU_BLOCK = 256  # tokens in a block of transformers' cache, at least
 

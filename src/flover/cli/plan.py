@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flover.config import EngineConfig, ResolvedConfig, effective_dtype, human, kv_bytes_per_token, kv_dtype
+from flover.config import EngineConfig, ResolvedConfig, human
 from flover.engine.engine import settle, survey
+from flover.resolve import effective_dtype, kv_bytes_per_token, kv_dtype
 
 LENGTHS = tuple(1 << n for n in range(7, 21))
 

@@ -17,9 +17,10 @@ import torch
 
 from flover.anatomy import ATTENTION, OTHER, PRODUCT, TRANSFER, Row, short_name
 from flover.bound import Bound, Limits, measured_limits
-from flover.config import EngineConfig, effective_dtype, human
+from flover.config import EngineConfig, human
 from flover.engine.engine import EngineCore, survey
 from flover.profile import Profile, environment, profile_decode, profile_prefill
+from flover.resolve import effective_dtype
 
 WIDTH, NAME = 80, 36  # columns
 KERNELS = 16  # rows of the table; the file has them all

@@ -95,11 +95,11 @@ class StepGraphs:
             shape = decode_shape(step.decode, tiled=invariant)
         return shape if shape and shape.entries <= len(self._rows) and shape.tokens <= self._max_tokens else None
 
-    def warm_up(self, seconds: float) -> None:
+    def warm_up(self, seconds: float, prefill_only: bool = False) -> None:
         """Compile and capture what is likely to be needed, until the time is over."""
         started = time.monotonic()
         for shape in self._likely():
-            if shape not in self._forward:
+            if shape not in self._forward and (shape.prefill or not prefill_only):
                 self._capture(shape)
             if time.monotonic() - started > seconds:
                 break

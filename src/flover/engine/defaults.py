@@ -1,15 +1,15 @@
-"""What a checkpoint decides about a request that says nothing: sampling defaults, and the prompt of a conversation."""
+"""What `LLM` and `AsyncLLM` share: their options, and what a checkpoint decides about a request that says nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from flover.config import generation_defaults
+from flover.config import EngineConfig, generation_defaults
 from flover.engine.inputs import check_length
 from flover.engine.llm_engine import LLMEngine
-from flover.request import SamplingParams
+from flover.request import SamplingParams, nearest
 
 Conversation = Sequence[Mapping[str, Any]]
 # generation_config.json -> SamplingParams, as vLLM reads it
@@ -21,6 +21,15 @@ GENERATION_DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+
+
+def engine_config(model: str | None, options: Mapping[str, Any]) -> EngineConfig:
+    """The settings of `LLM(model, **options)`; ValueError names an unknown option and the nearest known one."""
+    known = {f.name for f in fields(EngineConfig)}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}{nearest(name, known)}")
+    return EngineConfig(**options) if model is None else EngineConfig(**{**options, "model": str(model)})
 
 
 def default_sampling_params(engine: LLMEngine) -> SamplingParams:

@@ -17,15 +17,7 @@ from typing import Protocol, cast
 
 import torch
 
-from flover.config import (
-    EngineConfig,
-    Hardware,
-    KVConfig,
-    ModelConfig,
-    ResolvedConfig,
-    effective_dtype,
-    resolve,
-)
+from flover.config import EngineConfig, Hardware, KVConfig, ModelConfig, ResolvedConfig
 from flover.engine.batch import BatchPlan, StepResult
 from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.executor import InlineExecutor, ThreadExecutor
@@ -40,6 +32,7 @@ from flover.models.base import CausalLM
 from flover.models.loader import resolve_model, weight_bytes
 from flover.models.registry import model_class
 from flover.request import FinishReason, Request
+from flover.resolve import effective_dtype, resolve
 from flover.startup import StartupTimes, process_age
 
 IMPORTS = process_age()  # seconds until this line, above which all of flover, torch and Python itself were imported

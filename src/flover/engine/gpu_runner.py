@@ -66,7 +66,7 @@ class GpuRunner(ModelRunner):
         for lane in (self._lane, self._side):
             if lane is not None:
                 with torch.cuda.stream(lane.stream):
-                    lane.graphs.warm_up(seconds)
+                    lane.graphs.warm_up(seconds, prefill_only=lane is self._side)
 
     @torch.inference_mode()
     def capture_largest(self) -> None:

@@ -104,8 +104,8 @@ class RemoteCore:
         """Readable when `receive` would not wait."""
         return self._connection.socket.fileno()
 
-    def receive(self) -> bool:
-        """Read what has come; whether `step` has something to give without waiting.
+    def receive(self) -> None:
+        """Wait for bytes once and read what has come.
 
         Raises:
             EngineDeadError: the process has ended.
@@ -115,7 +115,6 @@ class RemoteCore:
         except EOFError:
             code = self._process.wait()
             raise EngineDeadError(f"the engine's process has ended, exit code {code}") from None
-        return bool(self._messages)
 
     @property
     def pending(self) -> bool:

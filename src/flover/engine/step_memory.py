@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from flover.config import Hardware, ResolvedConfig, human, resolve
+from flover.config import Hardware, ResolvedConfig, human
 from flover.engine.batch import StepResult
 from flover.engine.gpu_runner import GpuRunner
 from flover.engine.scheduler import Scheduler
 from flover.kv.paged import PagedLayout
 from flover.models.loader import weight_bytes
 from flover.request import Request, RowSampling
+from flover.resolve import resolve
 
 DRIVER_BYTES = 256 << 20  # what CUDA keeps for graphs and kernels, outside of PyTorch's allocator
 BLOCK = 16

@@ -22,9 +22,10 @@ from flover.bench.records import Job, Run, System
 from flover.bench.results import write_json
 from flover.bench.systems import make_system
 from flover.bench.workload import Interval, fixed, make_jobs
-from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig, resolve
+from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig
 from flover.engine.engine import detect_hardware, survey
 from flover.models.loader import weight_bytes
+from flover.resolve import resolve
 
 Data = dict[str, Any]
 OURS = "fused:move"  # the system that stands for Flover: the paper's buffer reordering

@@ -1,0 +1,184 @@
+"""`resolve`: what the user gave and what the machine has become the effective settings, once.
+
+Where each value came from is recorded (`flover ... --explain`). No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from flover.config import (
+    DTYPE_BYTES,
+    FP8,
+    EngineConfig,
+    Hardware,
+    KVConfig,
+    MemoryPlan,
+    ModelConfig,
+    ResolvedConfig,
+    SchedulerConfig,
+    Setting,
+    human,
+)
+
+DEFAULT_MAX_NUM_SEQS = 256
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+CPU_KV_BYTES = 4 << 30  # reserved address range at most; pages are taken as they are written
+CPU_MEMORY_SHARE = 0.9  # of what is free
+
+
+def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
+    """The dtype to compute in: as given; auto is float32 on a CPU and the checkpoint's own elsewhere."""
+    if config.dtype != "auto":
+        return config.dtype
+    dtype = "float32" if device == "cpu" else model.dtype
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"checkpoint dtype {dtype!r} is not supported; give dtype as one of {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+def kv_dtype(config: EngineConfig, dtype: str) -> str:
+    """torch's name of the KV cache's dtype where the activations have `dtype`."""
+    return FP8 if config.kv_cache_dtype == "fp8" else dtype
+
+
+def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
+    """K and V of one token in all layers, in a cache of `dtype`."""
+    return model.kv_elements_per_token * (1 if dtype == FP8 else DTYPE_BYTES[dtype])
+
+
+def memory_share(config: EngineConfig, device: str) -> float:
+    """Of the free memory, what weights, steps and cache may take together."""
+    return CPU_MEMORY_SHARE if device == "cpu" else config.gpu_memory_utilization
+
+
+def resolve(
+    config: EngineConfig, model: ModelConfig, hardware: Hardware, weights: int = 0, step: int = 0
+) -> ResolvedConfig:
+    """Decide every open setting, once.
+
+    Args:
+        weights: bytes that the weights will take on the device. step: that the largest step will, beside the cache.
+
+    Raises:
+        ValueError: a model or cache that cannot fit, saying by how much and what would.
+    """
+    given = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+    why: dict[str, tuple[str, str]] = {}
+
+    def decide(name: str, value: Any, origin: str, reason: str) -> Any:
+        if name in given:
+            return getattr(config, name)
+        why[name] = (origin, reason)
+        return value
+
+    device = decide("device", hardware.device, "machine", "a CUDA device if there is one")
+    dtype = effective_dtype(config, model, device)
+    why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")
+    seqs = decide("max_num_seqs", DEFAULT_MAX_NUM_SEQS, "default", "")
+    cache_dtype = kv_dtype(config, dtype)
+    token_bytes = kv_bytes_per_token(model, cache_dtype)
+    share = memory_share(config, device)
+    free = int(hardware.free_bytes * share) - weights - step
+    if free <= 0:
+        steps = f" and a step {human(step)}" if step else ""
+        smaller = "a smaller max_num_batched_tokens, max_num_seqs, dtype" if step else "a smaller dtype"
+        raise ValueError(
+            f"the weights take {human(weights)}{steps} but only {human(hardware.free_bytes)} is free on {device}, of "
+            f"which {share:.0%} may be taken; {smaller}, quantization or a smaller model would fit"
+        )
+    length = config.max_model_len or model.max_position_embeddings
+    _check_length(config, model, length)
+    budget = config.kv_cache_memory_bytes or min(free, CPU_KV_BYTES if device == "cpu" else free)
+    if budget > free:
+        raise ValueError(
+            f"kv_cache_memory_bytes={budget} ({human(budget)}) does not fit: {human(free)} is left beside the weights"
+        )
+    block, blocks = config.block_size, 0
+    if config.kv_layout == "slab":
+        if "max_num_seqs" not in given:
+            seqs = max(1, min(seqs, budget // (length * token_bytes)))
+            why["max_num_seqs"] = ("machine", f"slots of {length} tokens that fit {human(budget)}")
+        block, blocks = length, seqs
+    else:
+        blocks = config.num_kv_blocks or min(budget // (block * token_bytes), seqs * -(-length // block))
+        why["num_kv_blocks"] = ("machine", f"blocks of {human(block * token_bytes)} in {human(budget)}")
+        if blocks < 1:
+            raise ValueError(f"the {human(budget)} for the KV cache hold no block: {human(block * token_bytes)} would")
+        if "max_model_len" not in given and blocks * block < length:
+            length = blocks * block
+            why["max_model_len"] = ("machine", f"cut to the {blocks} blocks that the cache has")
+    needed = blocks * block * token_bytes
+    limit = budget if config.kv_layout == "slab" or config.num_kv_blocks is None else free
+    if needed > limit or (blocks * block < length and config.num_kv_blocks is None):
+        raise ValueError(_does_not_fit(config, length, seqs, token_bytes, limit))
+    if "max_model_len" not in given:
+        why.setdefault("max_model_len", ("checkpoint", "max_position_embeddings"))
+    tokens = decide("max_num_batched_tokens", DEFAULT_MAX_NUM_BATCHED_TOKENS, "default", "")
+    prefix = config.enable_prefix_caching and config.kv_layout == "paged"
+    effective = replace(
+        config,
+        device=device,
+        dtype=dtype,
+        max_num_seqs=seqs,
+        max_model_len=length,
+        max_num_batched_tokens=tokens,
+        enable_prefix_caching=prefix,
+    )
+    why["kv_cache_dtype"] = ("default", "auto: as dtype")
+    why.setdefault("num_kv_blocks", ("machine", "max_num_seqs slots"))
+    why["kv_cache_memory_bytes"] = ("machine", f"{human(needed)}: {blocks} blocks of {block} tokens")
+    decided = {"kv_cache_dtype": cache_dtype, "num_kv_blocks": blocks, "kv_cache_memory_bytes": needed}
+    return ResolvedConfig(
+        effective,
+        model,
+        SchedulerConfig(seqs, tokens, length, config.policy, config.order, config.prefill_mode, config.record_timeline),
+        KVConfig(
+            config.kv_layout, config.reorder, block, blocks, cache_dtype, token_bytes, prefix, config.debug_poison
+        ),
+        MemoryPlan(hardware.free_bytes, weights, step, needed),
+        _explained(effective, decided, given, why),
+    )
+
+
+def _explained(
+    effective: EngineConfig, decided: Mapping[str, Any], given: Collection[str], why: Mapping[str, tuple[str, str]]
+) -> tuple[Setting, ...]:
+    """Every setting with its origin, and with a reason unless it was given and has an effect."""
+    values = {f.name: getattr(effective, f.name) for f in fields(effective)} | dict(decided)
+    idle = {}
+    if effective.kv_layout == "paged":
+        idle["reorder"] = "no effect: of the slab only"
+    if effective.prefill_mode == "overlap" and effective.device == "cpu":
+        idle["prefill_mode"] = "as mixed: there is no GPU"
+    settings = []
+    for name, value in values.items():
+        origin, reason = ("given", "") if name in given else why.get(name, ("default", ""))
+        settings.append(Setting(name, value, origin, idle.get(name, reason)))
+    return tuple(settings)
+
+
+def _check_length(config: EngineConfig, model: ModelConfig, length: int) -> None:
+    if length > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is longer than the model's {model.max_position_embeddings} positions"
+        )
+
+
+def _does_not_fit(config: EngineConfig, length: int, seqs: int, token_bytes: int, limit: int) -> str:
+    tokens = limit // token_bytes
+    if config.num_kv_blocks is not None:
+        size = human(config.num_kv_blocks * config.block_size * token_bytes)
+        fits = f"num_kv_blocks={tokens // config.block_size} would fit"
+        return f"num_kv_blocks={config.num_kv_blocks} takes {size}, {human(limit)} is free: {fits}"
+    if config.kv_layout == "slab":
+        return (
+            f"a slab of max_num_seqs={seqs} x max_model_len={length} takes {human(seqs * length * token_bytes)}, "
+            f"{human(limit)} is free: max_num_seqs={tokens // length} or max_model_len={tokens // seqs} would fit"
+        )
+    return (
+        f"max_model_len={length} takes {human(length * token_bytes)} of KV cache for one request, {human(limit)} is "
+        f"available: max_model_len={tokens} would fit"
+    )
