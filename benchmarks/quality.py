@@ -31,12 +31,13 @@ HERE = Path(__file__).parent
 TEXT, RESULT = HERE / "data" / "kjv_test.txt", HERE / "results" / "quality.json"
 MODELS = ("kjv-llama", "kjv-gpt2")
 BASELINE: Mapping[str, Any] = {"dtype": "float32"}
-SETTINGS: Sequence[Mapping[str, Any]] = (  # of EngineConfig; KV in 8 bits would be one more
+SETTINGS: Sequence[Mapping[str, Any]] = (  # of EngineConfig
     {"dtype": "bfloat16"},
     {"dtype": "float32", "quantization": "int8"},
     {"dtype": "float32", "quantization": "fp8"},
     {"dtype": "float32", "quantization": "int8_w8a8"},
     {"dtype": "float32", "quantization": "fp8_w8a8"},
+    {"dtype": "float32", "kv_cache_dtype": "fp8"},
 )
 
 
@@ -125,7 +126,7 @@ def main() -> None:
         for settings in args.settings:
             row = compare(read(model, settings, chapters), exact)
             rows.append({"settings": settings, **row})
-            name = " ".join(str(value) for value in settings.values())
+            name = " ".join(f"{v} KV" if k == "kv_cache_dtype" else str(v) for k, v in settings.items())
             print(
                 f"{name:36}{row['logit_error_max']:11.4f}{row['logit_error_rms']:9.4f}{row['same_top']:10.2%}"
                 f"{row['perplexity']:12.4f}{row['perplexity_change']:+9.3%}",
