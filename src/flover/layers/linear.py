@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flover.kernels.reference.quantised import quantise_rows
+from flover.kernels.reference.quantised import Tokens, quantise_rows
 from flover.layers.activation import Activation
 from flover.layers.base import Layer
 
@@ -54,7 +54,12 @@ class Linear(Layer):
         if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), None
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def token_dtype(self) -> torch.dtype | None:
+        """Of 8 bits, that its tokens become; whoever makes them may do it (`RMSNorm.add`)."""
+        return QUANTISED[self.quantization.removesuffix("_w8a8")] if self.quantization.endswith("_w8a8") else None
+
+    def forward(self, x: Tensor | Tokens) -> Tensor:
         if self.packed is not None:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return product
@@ -65,16 +70,21 @@ class Linear(Layer):
             out = self.ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
         return out
 
-    def gated(self, x: Tensor, act: Activation) -> Tensor:
-        """act(gate) * up of a layer whose outputs are gate and up, `[num_tokens, 2n]` -> `[num_tokens, n]`."""
+    def gated(self, x: Tensor | Tokens, act: Activation, into: Linear) -> Tensor | Tokens:
+        """act(gate) * up of a layer whose outputs are gate and up, `[num_tokens, 2n]` -> `[num_tokens, n]`.
+
+        into: the layer that reads them.
+        """
         if self.packed is not None:
             return act.gated(self(x))
-        out: Tensor
+        out: Tensor | Tokens
         if self.scale is not None:
-            out = self.ops.quantised_gated_linear(x, self.weight, self.scale, self.bias, act.name, **self._modes())
+            out = self.ops.quantised_gated_linear(
+                x, self.weight, self.scale, self.bias, act.name, quantise=into.token_dtype, **self._modes()
+            )
         else:
             out = self.ops.gated_linear(x, self.weight, self.bias, act.name, batch_invariant=self.batch_invariant)
         return out
 
     def _modes(self) -> dict[str, bool]:
-        return {"quantise_x": self.quantization.endswith("_w8a8"), "batch_invariant": self.batch_invariant}
+        return {"quantise_x": self.token_dtype is not None, "batch_invariant": self.batch_invariant}

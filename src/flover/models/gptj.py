@@ -42,7 +42,7 @@ class GPTJBlock(nn.Module):
     def forward(
         self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        normed, x = self.input_norm.add(x, delta)
+        normed, x = self.input_norm.add(x, delta, into=self.self_attn.qkv_proj)
         return x, self.self_attn(normed, rotary, ctx) + self.mlp(normed)
 
 

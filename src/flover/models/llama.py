@@ -48,7 +48,7 @@ class LlamaMLP(nn.Module):
         self.act = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.gate_up_proj.gated(x, self.act))
+        out: Tensor = self.down_proj(self.gate_up_proj.gated(x, self.act, into=self.down_proj))
         return out
 
 
@@ -68,8 +68,8 @@ class LlamaBlock(nn.Module):
         self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """The stream is x + delta: each norm adds what the part before it made, in one pass."""
-        normed, x = self.input_norm.add(x, delta)
-        normed, x = self.post_norm.add(x, self.self_attn(normed, rotary, ctx))
+        normed, x = self.input_norm.add(x, delta, into=self.self_attn.qkv_proj)
+        normed, x = self.post_norm.add(x, self.self_attn(normed, rotary, ctx), into=self.mlp.gate_up_proj)
         return x, self.mlp(normed)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton_device import DEVICE, DTYPES
 
-from flover.kernels import reference
+from flover.kernels import reference, triton
 from flover.kernels.reference.quantised import quantise_rows
 from flover.kernels.triton import quantised
 from flover.kernels.triton.product import Scales, Tiling, _launch, _launch_one
@@ -81,12 +81,34 @@ def test_tokens_in_8_bits(kind, dtype):
     x = torch.randn(9, 101, device=DEVICE).to(dtype)[:, :99] * 3
     x[1], x[2, 5], x[3, 7] = 0, float("nan"), float("inf")
     x[4, 0], x[4, 1:8] = 127, torch.arange(-3, 4, device=DEVICE) + 0.5  # ties
-    q, scale = quantised.quantise_rows(x, kind)
+    q, scale, dtype_of_x = quantised.quantise_tokens(x, kind)
+    assert dtype_of_x == dtype
     want, want_scale = quantise_rows(x, kind)
     good = [0, 1, 4, 5, 6, 7, 8]
     assert torch.equal(scale[good], want_scale[good])
     assert torch.equal(q[good].float(), want[good].float())
     assert not torch.isfinite(scale[2:4]).any()
+
+
+@pytest.mark.parametrize("kind", [INT8, pytest.param(FP8, marks=needs_gpu)])
+def test_tokens_that_a_norm_or_a_gate_makes(kind, dtype):
+    """In 8 bits at once or in two launches: the same bits."""
+    x = torch.randn(5, 202, device=DEVICE).to(dtype)[:, :198] * 3
+    x[1], x[2, 5] = 0, float("nan")
+    weight, residual = torch.randn(198, device=DEVICE).to(dtype), torch.randn(5, 198, device=DEVICE).to(dtype)
+    makers = [
+        lambda **q: triton.rms_norm(x, weight, 1e-6, residual=residual, **q)[0],
+        lambda **q: triton.rms_norm(x, weight, 1e-6, unit_offset=True, **q)[0],
+        lambda **q: triton.layer_norm(x, weight, weight, 1e-6, **q)[0],
+        lambda **q: triton.gated(x, "silu", **q),
+    ]
+    for make in makers:
+        got, want = make(quantise=kind), quantised.quantise_tokens(make(), kind)
+        good = [0, 1, 3, 4]
+        assert torch.equal(got.values[good].float(), want.values[good].float())
+        assert torch.equal(got.scale[good], want.scale[good])
+        assert got.scale[2].isnan()
+        assert got.dtype == want.dtype
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

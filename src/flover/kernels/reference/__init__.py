@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from flover.kernels.reference import attention as _plain
 from flover.kernels.reference import invariant as _invariant
 from flover.kernels.reference.fused import ACTIVATIONS, layer_norm, rms_norm, rotary_store, rotary_tables
 from flover.kernels.reference.kv_cache import copy_blocks, poison_blocks
-from flover.kernels.reference.quantised import quantised_linear
+from flover.kernels.reference.quantised import Tokens, quantise_tokens, quantised_linear
 from flover.kernels.reference.sampling import draw
 
 __all__ = [
@@ -46,30 +47,35 @@ def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor
     return _invariant.tiled_map(function, x) if batch_invariant else function(x)
 
 
-def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
-    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up."""
+def gated(
+    x: Tensor, name: str, *, batch_invariant: bool = False, quantise: torch.dtype | None = None
+) -> Tensor | Tokens:
+    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up, in 8 bits if asked."""
     gate, up = x.chunk(2, -1)
-    return activation(gate, name, batch_invariant=batch_invariant) * up
+    out = activation(gate, name, batch_invariant=batch_invariant) * up
+    return out if quantise is None else quantise_tokens(out, quantise)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
     """act(x @ gate.T) * (x @ up.T), weight = gate over up."""
-    return gated(linear(x, weight, bias, batch_invariant=batch_invariant), name, batch_invariant=batch_invariant)
+    gate, up = linear(x, weight, bias, batch_invariant=batch_invariant).chunk(2, -1)
+    return activation(gate, name, batch_invariant=batch_invariant) * up
 
 
 def quantised_gated_linear(
-    x: Tensor,
+    x: Tensor | Tokens,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
     name: str,
     *,
     quantise_x: bool = False,
+    quantise: torch.dtype | None = None,
     batch_invariant: bool = False,
-) -> Tensor:
-    """`gated_linear` with a weight of 8 bits and its scale."""
+) -> Tensor | Tokens:
+    """`gated_linear` with a weight of 8 bits and its scale. quantise: of the result, as in `gated`."""
     out = quantised_linear(x, weight, scale, bias, quantise_x=quantise_x, batch_invariant=batch_invariant)
-    return gated(out, name, batch_invariant=batch_invariant)
+    return gated(out, name, batch_invariant=batch_invariant, quantise=quantise)
 
 
 def attention(q: Tensor, *args: Any, batch_invariant: bool = False, **options: Any) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flover.kernels.reference.kv_cache import store_kv
+from flover.kernels.reference.quantised import Tokens, quantise_tokens
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 
@@ -33,26 +34,47 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(x + residual) / rms * weight, and x + residual. unit_offset: the weight is stored minus one (Gemma)."""
-    x = x if residual is None else x + residual
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     if not unit_offset and x.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(x, weight.shape, weight, eps), x
+        return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if unit_offset:
-        return (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype), x
-    return normed.to(x.dtype) * weight, x
+        return (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+    return normed.to(x.dtype) * weight
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    unit_offset: bool = False,
+    residual: Tensor | None = None,
+    quantise: torch.dtype | None = None,
+) -> tuple[Tensor | Tokens, Tensor]:
+    """(x + residual) / rms * weight, and x + residual.
+
+    unit_offset: the weight is stored minus one (Gemma). quantise: the normed tokens become this type of 8 bits.
+    """
+    x = x if residual is None else x + residual
+    normed = _rms_norm(x, weight, eps, unit_offset)
+    return normed if quantise is None else quantise_tokens(normed, quantise), x
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Layer norm of x + residual, and x + residual."""
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    quantise: torch.dtype | None = None,
+) -> tuple[Tensor | Tokens, Tensor]:
+    """Layer norm of x + residual, and x + residual. quantise: the normed tokens become this type of 8 bits."""
     x = x if residual is None else x + residual
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps), x
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return normed if quantise is None else quantise_tokens(normed, quantise), x
 
 
 def rotary_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

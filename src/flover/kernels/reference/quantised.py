@@ -8,6 +8,8 @@ dtype before a product of many rows.) fp64 tokens are computed in fp64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,8 +33,21 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (units.round() if dtype == torch.int8 else units).to(dtype), scale
 
 
+class Tokens(NamedTuple):
+    """x in 8 bits, `values * scale`: `[num_tokens, n]` and fp32 `[num_tokens]`; dtype: what x was in."""
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def quantise_tokens(x: Tensor, dtype: torch.dtype) -> Tokens:
+    """x `[num_tokens, n]` in 8 bits, with a scale for each token."""
+    return Tokens(*quantise_rows(x, dtype), x.dtype)
+
+
 def quantised_linear(
-    x: Tensor,
+    x: Tensor | Tokens,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -42,10 +57,12 @@ def quantised_linear(
 ) -> Tensor:
     """`x @ (weight * scale).T + bias`; x `[num_tokens, in]`, weight `[out, in]` of 8 bits, scale `[out]`.
 
-    quantise_x: tokens become the weight's type first, with a scale each.
+    quantise_x: tokens become the weight's type first, with a scale each, unless x is such `Tokens` already.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    tokens, token_scale = quantise_rows(x, weight.dtype) if quantise_x else (x, None)
+    if quantise_x and isinstance(x, Tensor):
+        x = quantise_tokens(x, weight.dtype)
+    tokens, token_scale = (x, None) if isinstance(x, Tensor) else x[:2]
     out = (tiled_linear if batch_invariant else F.linear)(tokens.to(wide), weight.to(wide), None)
     if token_scale is not None:
         out = out * token_scale[:, None]

@@ -123,7 +123,7 @@ def attention(
     assert all(t.is_contiguous() for t in (k_cache, v_cache, meta.block_table))
     assert k_cache.dtype == v_cache.dtype
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(32 if k_cache.element_size() == 1 else 16, triton.next_power_of_2(head_dim))
     common: dict[str, Any] = {
         "NUM_HEADS": num_heads,
         "KV_HEADS": kv_heads,

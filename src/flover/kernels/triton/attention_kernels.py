@@ -64,6 +64,20 @@ def _query(tile, k_cache):
 
 
 @triton.jit
+def _halves(pairs, ASM: tl.constexpr):
+    """Pairs of fp8, as uint16 -> the first and the second of each, fp16."""
+    if ASM:  # two pairs at a time
+        code: tl.constexpr = """{ .reg .b16 a, b; .reg .b32 x, y; mov.b32 {a, b}, $2;
+            cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b;
+            prmt.b32 $0, x, y, 0x5410; prmt.b32 $1, x, y, 0x7632; }"""
+        return tl.inline_asm_elementwise(code, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+    else:
+        first = (pairs & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        second = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return first.to(tl.float16), second.to(tl.float16)
+
+
+@triton.jit
 def _attend(
     m,  # [M] maxima so far
     total,  # [M] sums
@@ -91,17 +105,35 @@ def _attend(
     ALIBI: tl.constexpr,
     EDGE: tl.constexpr,  # the last tile may end before `end` does
     MASKED: tl.constexpr,  # some query may not see some key: it comes later, or has left the window
+    ASM: tl.constexpr,
 ):
-    """Online softmax over keys [begin, end) in tiles of BLOCK_N; -> m, total, acc."""
-    d = tl.arange(0, BLOCK_D)
+    """Online softmax over keys [begin, end) in tiles of BLOCK_N; -> m, total, acc.
+
+    fp8 is read in pairs, each half of which has its own product: 8-bit elements would reach the matrix unit, which
+    wants V transposed, one by one.
+    """
+    FP8: tl.constexpr = k_cache.dtype.element_ty == tl.float8e4nv
+    WIDTH: tl.constexpr = 2 if FP8 else 1  # elements of a load
+    d = tl.arange(0, BLOCK_D // WIDTH)
+    if FP8:
+        k_cache = k_cache.to(tl.pointer_type(tl.uint16))
+        v_cache = v_cache.to(tl.pointer_type(tl.uint16))
+        M: tl.constexpr = q.shape[0]
+        q, q2 = tl.split(tl.reshape(q, [M, BLOCK_D // 2, 2]))
+        acc, acc2 = tl.split(tl.reshape(acc, [M, BLOCK_D // 2, 2]))
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < end
         slots = _slots(table, keys, inside, base, BLOCK_SIZE, CONTIGUOUS, EDGE)
-        where = ((slots * KV_HEADS + head) * HEAD_DIM)[:, None] + d[None, :]
-        k = _load_tile(k_cache + where, inside, d, HEAD_DIM, BLOCK_D, EDGE).to(q.dtype)
-        v = _load_tile(v_cache + where, inside, d, HEAD_DIM, BLOCK_D, EDGE).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        where = ((slots * KV_HEADS + head) * (HEAD_DIM // WIDTH))[:, None] + d[None, :]
+        k = _load_tile(k_cache + where, inside, d, HEAD_DIM // WIDTH, BLOCK_D // WIDTH, EDGE)
+        v = _load_tile(v_cache + where, inside, d, HEAD_DIM // WIDTH, BLOCK_D // WIDTH, EDGE)
+        if FP8:
+            k, k2 = _halves(k, ASM)
+            v, v2 = _halves(v, ASM)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if FP8:
+            s = tl.dot(q2, tl.trans(k2.to(q.dtype)), s, input_precision="ieee")
         s = _scores(s, keys, slopes, scale, softcap, SOFTCAP, ALIBI)
         if EDGE:
             s = tl.where(inside[None, :], s, float("-inf"))
@@ -117,8 +149,13 @@ def _attend(
         p = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(m - safe)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        p = p.to(q.dtype)
+        acc = tl.dot(p, v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+        if FP8:
+            acc2 = tl.dot(p, v2.to(q.dtype), acc2 * shrink[:, None], input_precision="ieee")
         m = higher
+    if FP8:
+        acc = tl.interleave(acc, acc2)
     return m, total, acc
 
 
@@ -211,6 +248,7 @@ def decode(
             ALIBI,
             EDGE=True,
             MASKED=False,
+            ASM=PDL,
         )
         o = out + (entry.to(tl.int64) * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
         if SPLITS == 1:
@@ -335,17 +373,17 @@ def prefill(
             m, total, acc = _attend(
                 m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, left, begin, scale, softcap,
                 KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
-                EDGE=False, MASKED=True,
+                EDGE=False, MASKED=True, ASM=PDL,
             )  # fmt: skip
         m, total, acc = _attend(
             m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, begin, diagonal, scale, softcap,
             KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
-            EDGE=False, MASKED=False,
+            EDGE=False, MASKED=False, ASM=PDL,
         )  # fmt: skip
         m, total, acc = _attend(
             m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, diagonal, end, scale, softcap,
             KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
-            EDGE=True, MASKED=True,
+            EDGE=True, MASKED=True, ASM=PDL,
         )  # fmt: skip
         o = out + (token[:, None] * NUM_HEADS + q_head) * HEAD_DIM + d[None, :]
         tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)

@@ -6,12 +6,39 @@ row in one program, so a token's bits do not depend on its batch. The twins are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flover.kernels.reference.quantised import LARGEST, Tokens
 from flover.kernels.triton.common import assert_heads_side_by_side, grid_launch, grid_wait, launch_options
+
+
+@triton.jit
+def _eight_bits(value, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
+    """A row in units of 8 bits, fp32, and the unit."""
+    largest = tl.max(tl.abs(value)) + tl.sum(value * 0.0)  # a maximum forgets NaN
+    unit = tl.div_rn(tl.where(largest < 1e-30, 1e-30, largest), tl.full([], LARGEST, tl.float32))
+    units = tl.div_rn(value, tl.zeros(value.shape, tl.float32) + unit)
+    units = tl.minimum(tl.maximum(units, -LARGEST), LARGEST)
+    if INTEGER:
+        units = (units + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest, ties to even
+    return units, unit
+
+
+@triton.jit
+def _store_row(out, scale, value, row, at, inside, width, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+    """A row rounded to DTYPE; LARGEST > 0: and from there to 8 bits, with its scale."""
+    value = value.to(DTYPE)
+    if LARGEST > 0:
+        units, unit = _eight_bits(value.to(tl.float32), LARGEST, out.dtype.element_ty == tl.int8)
+        tl.store(out + row * width + at, units.to(out.dtype.element_ty), mask=inside)
+        tl.store(scale + row, unit)
+    else:
+        tl.store(out + row * width + at, value, mask=inside)
 
 
 @triton.jit
@@ -21,6 +48,7 @@ def _norm(
     weight,
     bias,
     normed,
+    scale,  # of normed tokens of 8 bits
     summed,
     stride_x,
     stride_r,
@@ -31,6 +59,7 @@ def _norm(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
+    LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -55,7 +84,7 @@ def _norm(
         if UNIT_OFFSET:
             out = out * (1.0 + w)
         else:
-            out = out.to(normed.dtype.element_ty).to(tl.float32) * w
+            out = out.to(x.dtype.element_ty).to(tl.float32) * w
     else:
         centred = tl.where(inside, wide - tl.sum(wide) / dim, 0.0)
         out = centred * tl.rsqrt(tl.sum(centred * centred) / dim + eps)
@@ -63,20 +92,35 @@ def _norm(
             out = out * w
         if BIAS:
             out = out + b
-    tl.store(normed + row * dim + i, out.to(normed.dtype.element_ty), mask=inside)
+    _store_row(normed, scale, out, row, i, inside, dim, x.dtype.element_ty, LARGEST)
+
+
+def _row_out(shape: torch.Size, x: Tensor, quantise: torch.dtype | None) -> tuple[Tensor, Tensor, float]:
+    """Where `_store_row` writes: tokens in x's dtype or in 8 bits, their scales, and LARGEST."""
+    out = torch.empty(shape, dtype=quantise or x.dtype, device=x.device)
+    if quantise is None:
+        return out, out, 0.0
+    return out, torch.empty(shape[:-1], dtype=torch.float32, device=x.device), LARGEST[quantise]
 
 
 def _normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, rms: bool, offset: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    quantise: torch.dtype | None,
+    rms: bool,
+    offset: bool,
+) -> tuple[Tensor | Tokens, Tensor]:
     dim = x.shape[-1]
     if x.dim() != 2 and not x.is_contiguous():  # heads of a fused projection
         x = x.contiguous()
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed, scale, largest = _row_out(x.shape, x, quantise)
     rows = x.numel() // dim
     if residual is not None:
         assert residual.is_contiguous() or residual.dim() == 2
-    summed = x if residual is None else torch.empty_like(normed)
+    summed = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(dim)
     if rows:
         _norm[(rows,)](
@@ -85,6 +129,7 @@ def _normalise(
             x if weight is None else weight,
             x if bias is None else bias,
             normed,
+            scale,
             summed,
             x.stride(0) if x.dim() == 2 else dim,  # a contiguous tensor may have any stride at a size of 1
             residual.stride(0) if residual is not None and residual.dim() == 2 else dim,
@@ -95,25 +140,41 @@ def _normalise(
             WEIGHT=weight is not None,
             BIAS=bias is not None,
             UNIT_OFFSET=offset,
+            LARGEST=largest,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
             **launch_options(x.device),
         )
-    return normed, summed
+    return normed if quantise is None else Tokens(normed, scale, x.dtype), summed
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(x + residual) / rms * weight, and x + residual. unit_offset: the weight is stored minus one (Gemma)."""
-    return _normalise(x, weight, None, eps, residual, True, unit_offset)
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    unit_offset: bool = False,
+    residual: Tensor | None = None,
+    quantise: torch.dtype | None = None,
+) -> tuple[Tensor | Tokens, Tensor]:
+    """(x + residual) / rms * weight, and x + residual.
+
+    unit_offset: the weight is stored minus one (Gemma). quantise: the normed tokens become this type of 8 bits.
+    """
+    return _normalise(x, weight, None, eps, residual, quantise, True, unit_offset)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Layer norm of x + residual, and x + residual."""
-    return _normalise(x, weight, bias, eps, residual, False, False)
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    quantise: torch.dtype | None = None,
+) -> tuple[Tensor | Tokens, Tensor]:
+    """Layer norm of x + residual, and x + residual. quantise: the normed tokens become this type of 8 bits."""
+    return _normalise(x, weight, bias, eps, residual, quantise, False, False)
 
 
 @triton.jit
@@ -130,7 +191,18 @@ def _activate(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def _gate(x, out, stride_x, width, NAME: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _gate(
+    x,
+    out,
+    scale,  # of tokens of 8 bits; a program then has the whole row
+    stride_x,
+    width,
+    NAME: tl.constexpr,
+    GATED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     grid_launch(PDL)
     grid_wait(PDL)
     row = tl.program_id(0).to(tl.int64)  # the axis with room for more than 65535
@@ -140,37 +212,45 @@ def _gate(x, out, stride_x, width, NAME: tl.constexpr, GATED: tl.constexpr, BLOC
     value = _activate(gate.to(tl.float32), NAME).to(gate.dtype)
     if GATED:
         value = value * tl.load(x + row * stride_x + width + i, mask=inside, other=0.0)
-    tl.store(out + row * width + i, value, mask=inside)
+    _store_row(out, scale, value, row, i, inside, width, x.dtype.element_ty, LARGEST)
 
 
-def _activation(x: Tensor, name: str, gated: bool) -> Tensor:
+def _activation(x: Tensor, name: str, gated: bool, quantise: torch.dtype | None = None) -> Any:
     x = x if x.dim() == 2 else x.flatten(0, -2)
     rows, width = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    out, scale, largest = _row_out(torch.Size((rows, width)), x, quantise)
     block = 512 if rows < 16 else 2048  # few rows: as many programs as there is room for
+    if quantise is not None:
+        block = triton.next_power_of_2(width)
     if rows:
         _gate[(rows, triton.cdiv(width, block))](
             x,
             out,
+            scale,
             x.stride(0),
             width,
             NAME=name,
             GATED=gated,
+            LARGEST=largest,
             BLOCK=block,
-            num_warps=block // 256,
+            num_warps=min(max(block // 256, 1), 16),
             **launch_options(x.device),
         )
-    return out
+    return out if quantise is None else Tokens(out, scale, x.dtype)
 
 
 def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
     """An element-wise function of x `[num_tokens, n]` by its config.json name; always batch-invariant."""
-    return _activation(x, name, False)
+    out: Tensor = _activation(x, name, False)
+    return out
 
 
-def gated(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
-    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up; always batch-invariant."""
-    return _activation(x, name, True)
+def gated(
+    x: Tensor, name: str, *, batch_invariant: bool = False, quantise: torch.dtype | None = None
+) -> Tensor | Tokens:
+    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up, in 8 bits if asked; always batch-invariant."""
+    out: Tensor | Tokens = _activation(x, name, True, quantise)
+    return out
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions", "cos", "sin"])  # views of one buffer each

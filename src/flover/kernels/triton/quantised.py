@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flover.kernels.reference.quantised import LARGEST, Tokens
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
-from flover.kernels.triton.fused import gated
+from flover.kernels.triton.fused import _activation, _store_row, gated
 from flover.kernels.triton.product import Scales, Tiling, _launch, _launch_one
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_ROWS = 256  # beyond, a weight is worth writing out
 MAX_ROWS_8_BIT = 64  # beyond, tokens of 8 bits are the library's, which wants more than 16
 SLICE = 2048  # rows whose int32 sums exist at a time
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @triton.jit
@@ -35,7 +35,6 @@ def _quantise(
     K,
     stride_x,
     LARGEST: tl.constexpr,
-    INTEGER: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -43,19 +42,12 @@ def _quantise(
     grid_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
-    value = tl.load(x + row * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value)) + tl.sum(value * 0.0)  # a maximum forgets NaN
-    unit = tl.div_rn(tl.where(largest < 1e-30, 1e-30, largest), tl.full([], LARGEST, tl.float32))
-    units = tl.div_rn(value, tl.zeros([BLOCK], tl.float32) + unit)
-    units = tl.minimum(tl.maximum(units, -LARGEST), LARGEST)
-    if INTEGER:
-        units = (units + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest, ties to even
-    tl.store(out + row * K + k, units.to(out.dtype.element_ty), mask=k < K)
-    tl.store(scale + row, unit)
+    value = tl.load(x + row * stride_x + k, mask=k < K, other=0.0)
+    _store_row(out, scale, value, row, k, k < K, K, value.dtype, LARGEST)
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x `[n, k]` in 8 bits, and the fp32 scale of each row `[n]`."""
+def quantise_tokens(x: Tensor, dtype: torch.dtype) -> Tokens:
+    """x `[n, k]` in 8 bits, with an fp32 scale for each row."""
     M, K = x.shape
     out = torch.empty(M, K, dtype=dtype, device=x.device)
     scale = torch.empty(M, dtype=torch.float32, device=x.device)
@@ -68,12 +60,11 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             K,
             x.stride(0),
             LARGEST=LARGEST[dtype],
-            INTEGER=dtype == torch.int8,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
             **launch_options(x.device),
         )
-    return out, scale
+    return Tokens(out, scale, x.dtype)
 
 
 @triton.jit
@@ -183,30 +174,39 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales: Scal
     if gate and t.split_k == 1 and N % t.block_n == 0 and K % t.block_k == 0:
         return _launch(x, weight, bias, _block_m(M), half, gate, scales)
     out = _launch(x, weight, bias, _block_m(M), t, "", scales)
-    return gated(out, gate) if gate else out
+    return _activation(out, gate, True) if gate else out
 
 
 def _product(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gate: str, quantise_x: bool, batch_invariant: bool
-) -> Tensor:
-    tokens, token_scale = quantise_rows(x, weight.dtype) if quantise_x else (x, None)
+    x: Tensor | Tokens,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gate: str,
+    quantise_x: bool,
+    quantise: torch.dtype | None,
+    batch_invariant: bool,
+) -> Tensor | Tokens:
+    if quantise_x and isinstance(x, Tensor):
+        x = quantise_tokens(x, weight.dtype)
+    tokens, token_scale = (x, None) if isinstance(x, Tensor) else x[:2]
     scales = Scales(scale, token_scale, x.dtype)
     if batch_invariant:  # one tiling whatever the number of tokens
         depth = 32 if tokens.dtype == torch.float32 else 64
         out: Tensor | None = _launch(tokens, weight, bias, 64, Tiling(64, depth, 1, 3, 4), "", scales)
-    elif quantise_x:
+    elif token_scale is not None:
         out = _library(tokens, weight, bias, scales)
-    elif x.dtype not in HALF or len(x) > MAX_ROWS:
-        out = F.linear(x, dequantise(weight, scale, x.dtype), bias)
+    elif x.dtype not in HALF or len(tokens) > MAX_ROWS:
+        out = F.linear(tokens, dequantise(weight, scale, x.dtype), bias)
     else:
         out = None
     if out is None:
         return _few(tokens, weight, bias, gate, scales)
-    return gated(out, gate) if gate else out
+    return gated(out, gate, quantise=quantise) if gate else out
 
 
 def quantised_linear(
-    x: Tensor,
+    x: Tensor | Tokens,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -216,21 +216,27 @@ def quantised_linear(
 ) -> Tensor:
     """`x @ (weight * scale).T + bias`; x `[num_tokens, in]`, weight `[out, in]` of 8 bits, scale `[out]` fp32.
 
-    quantise_x: tokens become the weight's type first, with a scale each.
+    quantise_x: tokens become the weight's type first, with a scale each, unless x is such `Tokens` already.
     batch_invariant: one tiling whatever the number of tokens, which sums in the same order for every row.
     """
-    return _product(x, weight, scale, bias, "", quantise_x, batch_invariant)
+    out = _product(x, weight, scale, bias, "", quantise_x, None, batch_invariant)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def quantised_gated_linear(
-    x: Tensor,
+    x: Tensor | Tokens,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
     name: str,
     *,
     quantise_x: bool = False,
+    quantise: torch.dtype | None = None,
     batch_invariant: bool = False,
-) -> Tensor:
-    """act(x @ gate.T) * (x @ up.T), weight = gate over up; few rows in one launch."""
-    return _product(x, weight, scale, bias, name, quantise_x, batch_invariant)
+) -> Tensor | Tokens:
+    """act(x @ gate.T) * (x @ up.T), weight = gate over up; few rows in one launch.
+
+    quantise: the result may become this type of 8 bits: where a kernel makes it anyway.
+    """
+    return _product(x, weight, scale, bias, name, quantise_x, quantise, batch_invariant)
