@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from flover.bench import paper
-from flover.bench.figures import context
-from flover.bench.figures.context import Bench, agree
+from flover.bench.figures import context, servers
+from flover.bench.figures.context import Bench
+from flover.bench.figures.digests import agree, seconds_by_rows, total
+from flover.bench.figures.pieces import Pieces
 from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
 from flover.bench.records import Job
@@ -94,29 +96,80 @@ def test_nothing_is_made_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = Bench._serve
-    served: list[str] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Cells in the order in which they run."""
+    lines: list[str] = []
+    init = Bench.__init__
 
-    def interrupted(self: Bench, model: str, system: str, *rest: Any) -> Any:
-        served.append(f"{model} {system}")
-        if len(served) == 3:
+    def listening(self: Bench, *args: Any, say: Any, **options: Any) -> None:
+        init(self, *args, say=lambda line: lines.append(line.partition(": about")[0]), **options)
+
+    monkeypatch.setattr(Bench, "__init__", listening)
+    return lines
+
+
+def test_an_interrupted_run_loses_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    keep = Pieces.keep
+
+    def interrupted(self: Pieces, *args: Any) -> Any:
+        if len(asked) == 3:
             raise KeyboardInterrupt
-        return serve(self, model, system, *rest)
+        return keep(self, *args)
 
-    monkeypatch.setattr(Bench, "_serve", interrupted)
     options: dict[str, Any] = {"device": "cpu", "models": ["gptj-6b"], "say": lambda _: None}
-    with pytest.raises(KeyboardInterrupt):
-        paper.run_figures(["reorder", "4b"], tmp_path, "micro", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pieces, "keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            paper.run_figures(["4b"], tmp_path, "micro", **options)
     assert not (tmp_path / "4b.json").exists()
-    assert paper.run_figures(["reorder", "4b"], tmp_path, "micro", **options) == 2
-    assert served[:2] == ["gptj-6b serial", "gptj-6b fused:move"]
-    assert served[2] == served[3]  # what was interrupted; what came before it is not run again
-    assert len(served) == 5
+    assert [cell.partition(",")[0] for cell in asked] == [
+        "serial-gptj-6b-4-tokens",
+        "headline-gptj-6b-fused",
+        "headline-gptj-6b-fused",
+    ]
+    assert paper.run_figures(["4b"], tmp_path, "micro", **options) == 1
+    assert asked[2] == asked[3]  # what was interrupted; what came before it is not run again
+    assert len(set(asked)) == len(asked) - 1
+    count = len(asked)
     paper.run_figures(["4a"], tmp_path, "micro", **options)
-    assert len(served) == 5  # of the same runs
+    assert len(asked) == count  # of the same cells
+    data = stored(tmp_path, "4a")
+    assert {row["model"] for row in data["rows"]} == {"gptj-6b"}
+    assert "llama-13b was not asked for" in json.dumps(data["gaps"])
+    paper.run_figures(["4a"], tmp_path, "micro", **{**options, "models": ["llama-13b"]})
+    assert {row["model"] for row in stored(tmp_path, "4a")["rows"]} == {"gptj-6b", "llama-13b"}  # one folder, in slices
     paper.run_figures(["4a"], tmp_path, "micro", seed=1, **options)
-    assert len(served) == 9
+    assert len(asked) > 2 * count  # other jobs
+
+
+def test_a_budget_leaves_cells_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    """Time for the serial runs and two cells of fused."""
+    options: dict[str, Any] = {"device": "cpu", "models": ["gptj-6b"], "say": lambda _: None}
+    with monkeypatch.context() as patch:
+        patch.setattr(context.Budget, "holds", lambda *_: len(asked) < 3)
+        assert paper.run_figures(["4a", "8"], tmp_path, "micro", **options) == 1
+    data = stored(tmp_path, "4a")
+    assert len(asked) == 3
+    assert not data["complete"]
+    assert sum(bool(row["fused_s"]) for row in data["rows"]) == 2
+    assert {row["best_of"] for row in data["rows"]} == {"serial"}
+    assert "the budget has no time for it" in json.dumps(data["gaps"])
+    assert stored(tmp_path, "8")["gap"] == "no draw is measured"
+    paper.run_figures(["4a", "8"], tmp_path, "micro", **options)
+    assert len(set(asked)) == len(asked) > 10
+    assert all(row["fused_s"] and row["concurrent_s"] for row in stored(tmp_path, "4a")["rows"])
+    assert stored(tmp_path, "8")["complete"]
+
+
+def test_no_budget_measures_nothing(tmp_path: Path, asked: list[str]) -> None:
+    lines: list[str] = []
+    assert paper.run_figures([], tmp_path, "micro", device="cpu", budget=0, say=lines.append) == 0
+    assert not asked
+    estimates = [line.partition(" s:")[0] for line in lines if ": about " in line]
+    assert {line.partition(":")[0] for line in estimates} == set(paper.FIGURES) - {"4b", "4c"}  # those share 4a's cells
 
 
 def test_what_does_not_fit_is_a_gap_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +177,7 @@ def test_what_does_not_fit_is_a_gap_before_it_is_loaded(tmp_path: Path, monkeypa
         raise ValueError("the weights take 130 GiB but only 100 GiB is free")
 
     monkeypatch.setattr(context, "resolve", refuse)
-    monkeypatch.setattr(context, "make_system", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(servers, "make_system", lambda *_: pytest.fail("loaded"))
     names = [name for name in paper.FIGURES if name != "reorder"]
     assert paper.run_figures(names, tmp_path, "micro", device="cpu", say=lambda _: None) == 0
     for name in names:
@@ -134,14 +187,14 @@ def test_what_does_not_fit_is_a_gap_before_it_is_loaded(tmp_path: Path, monkeypa
 
 
 def test_a_system_that_is_absent_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = context.make_system
+    make = servers.make_system
 
     def some(name: str, config: Any) -> Any:
         if name.startswith("concurrent"):
             raise ImportError("no such package")
         return make(name, config)
 
-    monkeypatch.setattr(context, "make_system", some)
+    monkeypatch.setattr(servers, "make_system", some)
     names = ["4a", "progress", "fixed", "random"]
     assert paper.run_figures(names, tmp_path, "micro", device="cpu", say=lambda _: None) == 4
     for name in names:
@@ -228,5 +281,20 @@ def test_parameters_of_the_shapes(tmp_path: Path) -> None:
 
 
 def test_agreement_with_serial() -> None:
-    assert agree([[1, 2, 3], [4, 5]], [[1, 2], [4, 6]]) == {"requests": 2, "identical": 1, "first_parting": 1}
-    assert agree([[1], [2]], [[1]]) == {"requests": 1, "identical": 1, "first_parting": None}
+    parted = agree([[1, 2, 3], [4, 5]], [[1, 2], [4, 6]])
+    assert parted == {"requests": 2, "identical": 1, "first_parting": 1, "logit_gap": None}
+    same = agree([[1], [2]], [[1]])
+    assert same == {"requests": 1, "identical": 1, "first_parting": None, "logit_gap": None}
+    assert total([same, parted | {"logit_gap": 0.5}]) == {
+        "requests": 3,
+        "identical": 2,
+        "first_parting": 1,
+        "logit_gap": 0.5,
+    }
+
+
+def test_step_times_become_a_line() -> None:
+    step = seconds_by_rows([{"step_times": [[1, 10, 3.0], [5, 10, 5.0]]}, {"step_times": [[3, 1, 4.0]]}, {}])
+    assert step is not None
+    assert (step(1), step(9)) == (pytest.approx(3.0), pytest.approx(7.0))
+    assert seconds_by_rows([{}]) is None

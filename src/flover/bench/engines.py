@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,6 +23,7 @@ from flover.request import FinishReason, Request, RowSampling
 from flover.resolve import DEFAULT_MAX_NUM_SEQS
 
 Progress = Callable[[int], None] | None
+BEST = 20  # tokens whose logits are looked at
 
 
 def wait_until(moment: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,6 +65,33 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class Parting(NamedTuple):
+    """Where two runs part: what both have, and the next token of each."""
+
+    token_ids: list[int]
+    theirs: int
+    ours: int
+
+
+def logit_gaps(core: EngineCore, partings: Sequence[Parting]) -> list[float | None]:
+    """How much more the logit of `theirs` is than that of `ours`; None: one is not among the `BEST`.
+
+    The model is given what both have as a prompt; nothing else may run.
+    """
+    sampling = RowSampling(seed=0, temperature=0.0, logprobs=BEST)
+    asked = [Request(str(i), list(p.token_ids), sampling, 1, logprobs=[]) for i, p in enumerate(partings)]
+    for request in asked:
+        core.add(request)
+    while core.has_unfinished():
+        core.step()
+    gaps: list[float | None] = []
+    for request, (_, theirs, ours) in zip(asked, partings):
+        best = request.logprobs[0] if request.logprobs else {}
+        both = theirs in best and ours in best
+        gaps.append(best[theirs].logprob - best[ours].logprob if both else None)
+    return gaps
 
 
 class Feed(Protocol):
@@ -167,6 +195,10 @@ class EngineSystem:
             abandon(core, requests)
         shift(run.steps, origin)
         return run
+
+    def logit_gaps(self, partings: Sequence[Parting]) -> list[float | None]:
+        """`logit_gaps`, of this engine."""
+        return logit_gaps(self.core, partings)
 
     def close(self) -> None:
         self.core.shutdown()

@@ -22,7 +22,18 @@ from threading import Event
 
 import torch
 
-from flover.bench.engines import Progress, abandon, as_request, new_records, release, shift, take_finished, wait_until
+from flover.bench.engines import (
+    Parting,
+    Progress,
+    abandon,
+    as_request,
+    logit_gaps,
+    new_records,
+    release,
+    shift,
+    take_finished,
+    wait_until,
+)
 from flover.bench.records import Job, Record, Run
 from flover.config import EngineConfig, ResolvedConfig, human
 from flover.engine.cuda_graph import WARM_UP_SECONDS
@@ -35,6 +46,7 @@ from flover.startup import StartupTimes
 
 DEFAULT_INSTANCES = 32  # as many as the paper has requests
 LATER_WARM_UP_SECONDS = 0.5  # kernels are compiled by then, and the shapes of one row are few
+CAPTURED_AFTER = 3  # times that a shape is met: computed, captured, replayed (`engine.cuda_graph`)
 
 
 @dataclass(slots=True)
@@ -151,6 +163,20 @@ class ConcurrentSystem:
             raise
         finally:
             torch.set_num_threads(threads)
+
+    def warm_up(self, job: Job) -> None:
+        """Every instance serves a short request until its graphs are captured, one instance after the other."""
+        short = job._replace(arrival=0.0, num_output=min(job.num_output, 3))
+        for worker, instance in zip(self._workers, self.instances):
+            for _ in range(CAPTURED_AFTER):
+                session = Session([short], new_records([short]), time.monotonic())
+                session.waiting.put(0)
+                session.waiting.put(None)
+                worker.submit(instance.serve, session).result()
+
+    def logit_gaps(self, partings: Sequence[Parting]) -> list[float | None]:
+        """`engines.logit_gaps`, of the first instance."""
+        return self._workers[0].submit(logit_gaps, self.instances[0].core, partings).result()
 
     def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
         """As `records.System.run`; progress gets the number of jobs finished so far.

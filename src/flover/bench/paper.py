@@ -1,8 +1,9 @@
 """`flover bench paper`: every figure of the paper as JSON and PNG in one folder.
 
 `ID.json` says what the paper has, what we have, on what machine, by which command, and whether the claim holds;
-`ID.png` shows it. A figure whose JSON was made with the same settings is not made again, so an interrupted run goes on.
-A figure that cannot run is written with its reason in `gap`.
+`ID.png` shows it. What is measured is kept cell by cell (`figures.pieces`), so a run that was interrupted, or whose
+budget was too small, goes on; the figure is made of what there is, and names the rest. One that is whole and was made
+with the same settings is not made again. A figure that cannot run is written with its reason in `gap`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flover.bench.figures import arrivals, headline, lengths, progress, reorder
-from flover.bench.figures.context import Bench, Data, Figure, gap_figure
+from flover.bench.figures.context import Bench, Figure, gap_figure
+from flover.bench.figures.digests import Data, total
 from flover.bench.figures.scale import SCALES
 from flover.bench.results import provenance, write_json
 
@@ -68,63 +70,91 @@ def run_figures(
     models: Sequence[str] = (),
     overwrite: bool = False,
     draws: int | None = None,
+    budget: float | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
     """Make the figures (none named: all); -> how many have no gap for a verdict.
 
     Args:
-        output: a folder, made if need be. models: those of the paper to run; none: all.
+        output: a folder, made if need be. models: those of the paper to run; none: all. Others are shown as stored.
         overwrite: make again what is there. draws: of each Poisson gap; by default the scale's.
-        say: told what happens, a line at a time.
+        budget: seconds, after which nothing is measured any more; 0 makes the figures of what has been measured.
+        say: told what happens, a line at a time; first how long it should take.
 
     Raises:
         ValueError: an unknown figure, scale or model, or no such device.
     """
     check(figures, scale, models)
     output.mkdir(parents=True, exist_ok=True)
-    with_pictures = find_spec("matplotlib") is not None
-    if not with_pictures:
-        say('no pictures, only JSON: matplotlib is missing (pip install "flover[plot]")')
     done = 0
     with tempfile.TemporaryDirectory() as place:
-        bench = Bench(
-            SCALES[scale],
-            seed,
-            output,
-            Path(place),
-            device=device,
-            only=models,
-            overwrite=overwrite,
-            draws=draws,
-            say=lambda piece: say(f"  {piece}"),
-        )
-        for name in figures or FIGURES:
-            path = output / f"{name}.json"
-            data = None if overwrite else _stored(path, bench)
-            if data is None:
-                say(f"{name}: {FIGURES[name].title}")
-                data = _make(name, bench)
-                write_json(path, data)
-            else:
-                say(f"{name}: kept from an earlier run")
-            if with_pictures and data["rows"]:
-                _draw(name, data, path.with_suffix(".png"))
-            say(f"  {data['verdict']}")
-            done += not data["verdict"].startswith("Gap")
+        options: dict[str, Any] = {"device": device, "only": models, "overwrite": overwrite, "draws": draws}
+        bench = Bench(SCALES[scale], seed, output, Path(place), budget=budget, say=lambda s: say(f"  {s}"), **options)
+        stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
+        _estimate([name for name, data in stored.items() if data is None], bench, say)
+        try:
+            for name, data in stored.items():
+                if data is None:
+                    say(f"{name}: {FIGURES[name].title}")
+                    data = _make(name, bench)
+                    write_json(output / f"{name}.json", data)
+                else:
+                    say(f"{name}: kept from an earlier run")
+                say(f"  {data['verdict']}")
+                done += not data["verdict"].startswith("Gap")
+        finally:
+            bench.servers.close()
+    draw_figures(output, list(stored), say)
     return done
 
 
-def _stored(path: Path, bench: Bench) -> Data | None:
-    """A finished figure of the same settings."""
+def draw_figures(output: Path, figures: Sequence[str], say: Callable[[str], None]) -> None:
+    """The pictures of the figures that are in the folder, of their JSON alone."""
+    if find_spec("matplotlib") is None:
+        say('no pictures, only JSON: matplotlib is missing (pip install "flover[plot]"); --draw makes them later')
+        return
+    for name in figures or FIGURES:
+        data = _read(output / f"{name}.json")
+        if data and data["rows"]:
+            _draw(name, data, output / f"{name}.png")
+
+
+def _estimate(names: Sequence[str], bench: Bench, say: Callable[[str], None]) -> None:
+    """Say how long what is not measured yet should take, by figure; cells that several figures share count once."""
+    bench.planning = True
+    known: set[tuple[str, str]] = set()
+    for name in names:
+        bench.todo.clear()
+        FIGURES[name].make(bench)
+        pieces: dict[str, list[float]] = {}
+        for piece, cell, seconds in bench.todo:
+            if (piece, cell) not in known:
+                pieces.setdefault(piece, []).append(seconds)
+            known.add((piece, cell))
+        if pieces:
+            parts = ", ".join(f"{piece} {sum(each):.0f} s" for piece, each in pieces.items())
+            say(f"{name}: about {sum(map(sum, pieces.values())):.0f} s: {parts}")
+    bench.planning = False
+    bench.unmeasured.clear()
+
+
+def _read(path: Path) -> Data | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        same = isinstance(data, dict) and data.get("settings") == bench.identity
     except (OSError, ValueError):
         return None
-    return data if same and not data["verdict"].startswith("Gap") else None
+    return data if isinstance(data, dict) else None
+
+
+def _stored(output: Path, name: str, bench: Bench) -> Data | None:
+    """A finished figure of the same settings."""
+    data = _read(output / f"{name}.json")
+    same = data is not None and data.get("settings") == bench.identity and data.get("complete")
+    return data if same else None
 
 
 def _make(name: str, bench: Bench) -> Data:
+    bench.unmeasured.clear()
     try:
         figure = FIGURES[name].make(bench)
     except MemoryError as error:
@@ -150,7 +180,8 @@ def _make(name: str, bench: Bench) -> Data:
         "same_tokens_as_serial": _same(figure.tokens),
         "rows": figure.rows,
         "tokens": figure.tokens,
-        "gaps": figure.gaps,
+        "gaps": figure.gaps + bench.unmeasured,
+        "complete": not bench.unmeasured and not figure.verdict.startswith("Gap"),
         "plot": figure.plot,
     }
     if figure.verdict.startswith("Gap"):
@@ -163,9 +194,8 @@ def _same(tokens: Sequence[Data]) -> Data | None:
     """Over all runs of a figure; None where none generated a token."""
     if not tokens:
         return None
-    requests, identical = (sum(row[key] for row in tokens) for key in ("requests", "identical"))
-    first = [row["first_parting"] for row in tokens if row["first_parting"] is not None]
-    return {"requests": requests, "share_identical": identical / requests, "first_parting": min(first, default=None)}
+    data = total(tokens)
+    return data | {"share_identical": data["identical"] / max(data["requests"], 1)}
 
 
 def _draw(name: str, data: Data, path: Path) -> None:

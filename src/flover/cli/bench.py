@@ -131,12 +131,18 @@ def paper(
     seed: Annotated[int, typer.Option(help="of prompts, lengths and arrivals")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     draws: Annotated[int | None, typer.Option(min=1, help="of each Poisson gap (tiny 3, full 20)")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="seconds; what is left goes on with the same command")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="make again what is there")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="only the pictures, of the JSON in the folder")] = False,
 ) -> int:
     """The figures of the paper, made again: its numbers, ours, and whether the claim holds."""
-    from flover.cli.bench_paper import run_paper
+    from flover.cli.bench_paper import draw_paper, run_paper
 
-    return run_paper(figure or [], output, scale, seed, device, model or [], draws, overwrite)
+    if draw:
+        return draw_paper(figure or [], output)
+    return run_paper(figure or [], output, scale, seed, device, model or [], draws, budget, overwrite)
 
 
 @app.command()

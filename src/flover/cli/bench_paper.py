@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def run_paper(
@@ -15,6 +16,7 @@ def run_paper(
     device: str,
     models: Sequence[str],
     draws: int | None,
+    budget: float | None,
     overwrite: bool,
 ) -> int:
     """-> 0; gaps are in the figures. ValueError for what is not known."""
@@ -28,8 +30,19 @@ def run_paper(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    run_figures(
-        figures, output, scale, seed=seed, device=device, models=models, draws=draws, overwrite=overwrite, say=say
-    )
+    options: dict[str, Any] = {"seed": seed, "device": device, "models": models, "draws": draws}
+    run_figures(figures, output, scale, **options, budget=budget, overwrite=overwrite, say=say)
     say(f"{output}: {time.monotonic() - started:.0f} s; flover bench report {output} makes a page of it")
+    return 0
+
+
+def draw_paper(figures: Sequence[str], output: Path) -> int:
+    """-> 0. ValueError for a figure that is not known or not there."""
+    from flover.bench.paper import FIGURES, check, draw_figures
+
+    check(figures, "tiny", [])
+    missing = [name for name in figures or FIGURES if not (output / f"{name}.json").is_file()]
+    if (figures and missing) or len(missing) == len(FIGURES):
+        raise ValueError(f"--output: {output} has no {', '.join(f'{name}.json' for name in missing)}")
+    draw_figures(output, figures, print)
     return 0

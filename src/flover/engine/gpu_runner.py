@@ -51,7 +51,8 @@ class GpuRunner(ModelRunner):
         sizes = config.scheduler.max_num_batched_tokens, config.model.vocab_size, getattr(torch, config.engine.dtype)
         self._lane = Lane(self, *sizes)
         self._side = Lane(self, *sizes) if config.scheduler.prefill_mode == "overlap" else None
-        self._copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # of its own pool: PyTorch has 32 streams a priority, so 32 runners in a process (bench.instances) share no lane
+        self._copy_stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         self._results = [torch.empty(self._lane.max_tokens, dtype=torch.int64, pin_memory=True) for _ in range(RING)]
         self._events = [torch.cuda.Event() for _ in range(RING)]  # type: ignore[no-untyped-call]
         self._turn = 0

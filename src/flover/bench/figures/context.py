@@ -1,38 +1,36 @@
-"""What the figures are measured with: `Bench` makes models and systems, serves jobs, and keeps finished pieces.
+"""What the figures are measured with: `Bench` makes models and systems, serves jobs, and keeps finished cells.
 
-A piece is one system on one model for one group of figures. It is written when it is done, so that an interrupted run
-goes on where it was, and figures that need the same runs (4a, 4b, 4c) share them. Whatever cannot run here (no memory,
-an absent package) becomes a `Gap` in the figure, found before anything is loaded where it is a matter of size.
+A cell is one workload on one system and model. It is written when it is done, so that an interrupted run goes on where
+it was; figures that need the same cells (4a, 4b, 4c, progress) share them. Cells that the budget has no time for are
+left out, and the figure says so. Whatever cannot run here (no memory, an absent package) becomes a `Gap` in the figure,
+found before anything is loaded where it is a matter of size.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flover.bench.figures.digests import Data, Extra, Tokens, digest
+from flover.bench.figures.pieces import Budget, Pace, Pieces, Todo, mark
 from flover.bench.figures.scale import Bytes, Scale
+from flover.bench.figures.servers import MissingError, Servers, logit_gap
 from flover.bench.records import Job, Run, System
-from flover.bench.results import write_json
-from flover.bench.systems import make_system
+from flover.bench.results import provenance
 from flover.bench.workload import Interval, fixed, make_jobs
 from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig
 from flover.engine.engine import detect_hardware, survey
 from flover.models.loader import weight_bytes
 from flover.resolve import resolve
 
-Data = dict[str, Any]
 OURS = "fused:move"  # the system that stands for Flover: the paper's buffer reordering
-
-
-class MissingError(ValueError):
-    """Something that cannot run here, in one line."""
+STEP_TOKENS = 512  # budget of a step: 32 prompts of 8 tokens and their decode, at once
 
 
 @dataclass(slots=True)
@@ -61,30 +59,13 @@ def gap_figure(why: str) -> Figure:
     return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])
 
 
-def agree(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> Data:
-    """Requests whose tokens are those of serial, and the first output position where another parts.
-
-    A reference that is shorter is a prefix (greedy): only as many tokens are compared.
-    """
-    partings = []
-    for ours, theirs in zip(tokens, reference, strict=False):
-        pairs = zip(ours, theirs)
-        parting = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        partings.append(parting)
-    parted = [p for p in partings if p is not None]
-    return {
-        "requests": len(partings),
-        "identical": len(partings) - len(parted),
-        "first_parting": min(parted, default=None),
-    }
-
-
 class Bench:
-    """Args: folder: of the output, which gets `pieces/`. models: a place for the config.json of each.
+    """Args: folder: of the output, which gets `pieces/`. places: for the config.json of each model.
 
     Args:
-        only: names of models to run; none: all of the scale. draws: of each Poisson gap, if not the scale's.
-        say: gets a line before each piece that runs.
+        only: names of models to run; none: all of the scale. Of the others, what is stored is shown.
+        draws: of each Poisson gap, if not the scale's. budget: seconds, after which no cell is begun.
+        say: gets a line before each cell that runs.
     """
 
     def __init__(
@@ -92,50 +73,41 @@ class Bench:
         scale: Scale,
         seed: int,
         folder: Path,
-        models: Path,
+        places: Path,
         device: str = "auto",
         only: Sequence[str] = (),
         overwrite: bool = False,
         draws: int | None = None,
+        budget: float | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.scale, self.seed, self.folder, self.overwrite, self.say = scale, seed, folder, overwrite, say
+        self.scale, self.seed, self.say = scale, seed, say
         self.device = detect_hardware(device).device
+        self.machine = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         self.only, self.draws = tuple(only), draws or scale.draws
-        self.models = [name for name in scale.shapes if not only or name in only]
-        self._places = models
-        self._fresh: set[str] = set()
-
-    # ---- pieces ------------------------------------------------------------------------------------------------------
+        self.budget, self.planning = Budget(budget), False
+        self.todo: list[Todo] = []  # of a planning pass, which runs nothing
+        self.unmeasured: list[Data] = []
+        made_by = provenance(self.device)
+        made_by["machine"] = self.machine
+        self.pieces = Pieces(folder / "pieces", {k: made_by[k] for k in ("date", "commit", "machine")}, overwrite)
+        self._places = places
+        self._sizes: dict[str, Bytes] = {}
+        self._singles: dict[str, float] = {}
+        self._checked: dict[tuple[str, int, int], str | None] = {}
+        self.servers = Servers()
 
     @property
     def identity(self) -> Data:
-        """What a stored result must have been made with to be used again."""
-        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        made = hashlib.sha256(repr(self.scale).encode()).hexdigest()[:12]
-        settings = {"scale": self.scale.name, "sizes": made, "seed": self.seed, "device": name}
-        return settings | {"models": list(self.only), "draws": self.draws}
-
-    def piece(self, name: str, make: Callable[[], Data]) -> Data:
-        """`make()`, or what an earlier run with the same settings stored under that name."""
-        path = self.folder / "pieces" / f"{name.replace(':', '-').replace('/', '-')}.json"
-        identity = {k: v for k, v in self.identity.items() if k not in ("models", "draws")}
-        if path.exists() and (not self.overwrite or name in self._fresh):
-            stored: Data = json.loads(path.read_text(encoding="utf-8"))
-            if stored["identity"] == identity:
-                return dict(stored["data"])
-        self.say(name)
-        data = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"identity": identity, "data": data})
-        self._fresh.add(name)
-        return json.loads(json.dumps(data))  # type: ignore[no-any-return]  # as a later run will read it
+        """What a stored figure must have been made with to be shown again."""
+        settings = {"scale": self.scale.name, "sizes": mark(repr(self.scale), ()), "seed": self.seed}
+        return settings | {"device": self.machine, "models": list(self.only), "draws": self.draws}
 
     # ---- models ------------------------------------------------------------------------------------------------------
 
     def has(self, *models: str) -> list[str]:
-        """Those of the models that are run."""
-        return [model for model in models if model in self.models]
+        """Those of the models that the scale has."""
+        return [model for model in models if model in self.scale.shapes]
 
     def model_folder(self, model: str) -> Path:
         folder = self._places / model
@@ -145,10 +117,12 @@ class Bench:
 
     def bytes_of(self, model: str) -> Bytes:
         """Of a decode step, at true shape or at this scale's."""
-        config = ModelConfig.from_dict(self.scale.shapes[model])
-        dtype: torch.dtype = getattr(torch, self.scale.dtype)
-        weights = weight_bytes(self.model_folder(model), config, dtype)
-        return Bytes.of(self.scale.shapes[model], DTYPE_BYTES[self.scale.dtype], weights)
+        if model not in self._sizes:
+            config = ModelConfig.from_dict(self.scale.shapes[model])
+            dtype: torch.dtype = getattr(torch, self.scale.dtype)
+            weights = weight_bytes(self.model_folder(model), config, dtype)
+            self._sizes[model] = Bytes.of(self.scale.shapes[model], DTYPE_BYTES[self.scale.dtype], weights)
+        return self._sizes[model]
 
     def config(self, model: str, rows: int, limit: int) -> EngineConfig:
         """An engine for that many rows and tokens each.
@@ -163,17 +137,23 @@ class Bench:
             device=self.device,
             max_model_len=limit,
             max_num_seqs=rows,
+            max_num_batched_tokens=STEP_TOKENS,
             enable_prefix_caching=False,
             num_threads=self.scale.threads,
         )
-        try:
-            _, shape, hardware, weights = survey(config)
-            resolve(replace(config, kv_layout="slab"), shape, hardware, weights)  # room for every row at its longest
-        except ValueError as error:
-            raise MissingError(f"{model} with {rows} rows of {limit} tokens: {error}") from None
+        wanted = model, rows, limit
+        if wanted not in self._checked:  # once, with nothing loaded: the planning pass comes first
+            self._checked[wanted] = _misfit(config)
+        if error := self._checked[wanted]:
+            raise MissingError(f"{model} with {rows} rows of {limit} tokens: {error}")
         return config
 
-    # ---- jobs and systems --------------------------------------------------------------------------------------------
+    # ---- jobs --------------------------------------------------------------------------------------------------------
+
+    @property
+    def most(self) -> int:
+        """Requests of the largest workload of the figures 4, progress and 8."""
+        return max(self.scale.requests)
 
     def jobs(self, model: str, count: int, num_output: int, arrivals: Any = None, lengths: Any = None) -> list[Job]:
         """Job i has the same prompt in every figure, so one serial run is the reference of all."""
@@ -182,18 +162,41 @@ class Bench:
         limit = self.scale.num_prompt + num_output
         return make_jobs(arrivals or Interval(0), fixed(self.scale.num_prompt), outputs, count, vocab, self.seed, limit)
 
-    def reference(self, model: str, count: int, num_output: int) -> Data:
-        """Serial, all at once: `tokens` of each request, its `service` seconds, and the `single` request's (median)."""
+    def reference(self, model: str, num_output: int) -> Data:
+        """Serial, all at once: `tokens` of each request, its `service` seconds, and the `single` request's (median).
 
-        def make() -> Data:
-            jobs = self.jobs(model, count, num_output)
-            run = self._serve(model, "serial", {"": jobs}, 1)[""]
+        Where serial was measured on fewer than `most` requests (`Scale.serial`), the others take the median, too: all
+        are of one length.
+
+        Raises:
+            MissingError: it cannot run here, or there was no time for it.
+        """
+
+        def extra(run: Run) -> Data:
             ends = [record.times[-1] for record in run.records]
             service = [end - start for start, end in zip([0.0, *ends], ends)]
             tokens = [record.token_ids for record in run.records]
             return {"tokens": tokens, "service": service, "single": statistics.median(service)}
 
-        return self.piece(f"serial-{model}-{count}x{num_output}", make)
+        count = self.scale.serial.get(model, self.most)
+        jobs = {"all at once": self.jobs(model, count, num_output)}
+        found = self.measure("serial", model, "serial", jobs, [], extra, f"{num_output}-tokens", rows=1)
+        if not found and not self.planning:
+            raise MissingError(f"serial on {model} is not measured: {self._why(model)}")
+        pace = self._pace(model)
+        guess = num_output * pace.step(self.scale.num_prompt + num_output / 2)
+        data: Data = dict(found["all at once"]) if found else {"tokens": [], "service": [], "single": guess}
+        data["measured"] = len(data["service"])
+        data["service"] += [data["single"]] * max(0, self.most - len(data["service"]))
+        if found and num_output == self.scale.num_output:
+            self._singles[model] = data["single"]
+        return data
+
+    def _pace(self, model: str) -> Pace:
+        scale = self.scale
+        return Pace(self.bytes_of(model), self.device, self._singles.get(model), scale.num_prompt, scale.num_output)
+
+    # ---- cells -------------------------------------------------------------------------------------------------------
 
     def measure(
         self,
@@ -201,74 +204,87 @@ class Bench:
         model: str,
         system: str,
         workloads: Mapping[str, Sequence[Job]],
-        digest: Callable[[Run, Sequence[Job]], Data],
+        reference: Tokens,
+        extra: Extra | None = None,
         label: str = "",
         rows: int | None = None,
     ) -> Data:
-        """The digest of each workload on a system, which is loaded once.
+        """The digest of each workload on a system, which is loaded once; what there was no time for is not in it.
 
         Args:
+            workloads: the most important first. extra: what is kept beside `digests.digest`.
             label: of the piece, instead of the system's name. rows: of the engine; by default the most requests.
 
         Raises:
             MissingError: it cannot run here.
         """
+        piece, rows = f"{group}-{model}-{label or system}", rows or max(map(len, workloads.values()))
+        base: Data = {"model": self.scale.shapes[model], "dtype": self.scale.dtype, "machine": self.machine}
+        base |= {"runs": self.scale.runs, "threads": self.scale.threads}
+        marks = {cell: base | {"jobs": mark(system, jobs)} for cell, jobs in workloads.items()}
+        found = {cell: self.pieces.find(piece, cell, marks[cell]) for cell in workloads}
+        todo = [cell for cell, data in found.items() if data is None]
+        if todo and (not self.only or model in self.only):
+            limit = max(len(job.prompt) + job.num_output for jobs in workloads.values() for job in jobs)
+            config, most = self.config(model, rows, limit), max(workloads.values(), key=len)
+            seconds = {cell: self.scale.runs * self._pace(model).seconds(system, workloads[cell]) for cell in todo}
+            if self.planning:
+                self.todo.append(Todo(piece, "loading", self._pace(model).loading(system)))
+                self.todo += [Todo(piece, cell, seconds[cell]) for cell in todo]
+            elif server := self._ready(model, system, config, most, min(seconds.values())):
+                for cell, run in self._runs(server, piece, workloads, seconds):
+                    data = digest(run, workloads[cell], reference)
+                    data["agree"]["logit_gap"] = logit_gap(server, workloads[cell], run, reference)
+                    data |= extra(run) if extra else {}
+                    found[cell] = self.pieces.keep(piece, cell, marks[cell], data)
+        missing = [cell for cell, data in found.items() if data is None]
+        if missing:
+            self.unmeasured.append({"what": f"{piece}: {'; '.join(missing)}", "why": self._why(model)})
+        return {cell: data for cell, data in found.items() if data is not None}
 
-        def make() -> Data:
-            runs = self._serve(model, system, workloads, rows or max(map(len, workloads.values())))
-            return {name: digest(run, workloads[name]) for name, run in runs.items()}
+    def _why(self, model: str) -> str:
+        if self.only and model not in self.only:
+            return f"{model} was not asked for"
+        return "not measured: the budget has no time for it; the same command goes on"
 
-        return self.piece(f"{group}-{model}-{label or system}", make)
-
-    def _serve(self, model: str, system: str, workloads: Mapping[str, Sequence[Job]], rows: int) -> dict[str, Run]:
-        limit = max(len(job.prompt) + job.num_output for jobs in workloads.values() for job in jobs)
-        config = self.config(model, rows, limit)
+    def _ready(
+        self, model: str, system: str, config: EngineConfig, jobs: Sequence[Job], shortest: float
+    ) -> System | None:
+        """The system, compiled; None: there is no time for it and its shortest cell."""
+        loading = 0.0 if self.servers.has(system, config) else self._pace(model).loading(system)
+        if not self.budget.holds(loading + shortest):
+            return None
         try:
-            server = make_system(system, config)
-        except (ImportError, torch.OutOfMemoryError, ValueError) as error:
-            raise MissingError(f"{system} on {model}: {' '.join(str(error).split())}") from None
-        try:
-            server.run(warm_up(max(workloads.values(), key=len)))
-            runs = {name: self._fastest_run(server, jobs) for name, jobs in workloads.items()}
-        finally:
-            server.close()
-        for name, run in runs.items():
-            errors = [record.error for record in run.records if record.error]
-            if errors:
-                raise MissingError(f"{system} on {model}, {name or 'serial'}: {len(errors)} failed: {errors[0]}")
-        return runs
+            return self.servers.get(system, config, jobs)
+        except MissingError as error:
+            raise MissingError(f"{system} on {model}: {error}") from None
 
-    def _fastest_run(self, server: System, jobs: Sequence[Job]) -> Run:
-        """Of as many as the scale asks for: what others on the machine take is no property of a system."""
-        return min((server.run(jobs) for _ in range(self.scale.runs)), key=lambda run: run.duration)
+    def _runs(
+        self, server: System, piece: str, workloads: Mapping[str, Sequence[Job]], seconds: Mapping[str, float]
+    ) -> Iterator[tuple[str, Run]]:
+        """The cells that there is time for, in their order; each the fastest of as many runs as the scale asks for.
+
+        What others on the machine take is no property of a system.
+        """
+        slower = 1.0  # than expected
+        for cell, expected in seconds.items():
+            if not self.budget.holds(expected * slower):
+                continue
+            self.say(f"{piece}, {cell}: about {expected * slower:.0f} s")
+            runs = [server.run(workloads[cell]) for _ in range(self.scale.runs)]
+            for run in runs:
+                errors = [record.error for record in run.records if record.error]
+                if errors:
+                    raise MissingError(f"{piece}, {cell}: {len(errors)} failed: {errors[0]}")
+            slower = max(slower, sum(run.duration for run in runs) / expected) if expected > 1 else slower
+            yield cell, min(runs, key=lambda run: run.duration)
 
 
-def warm_up(jobs: Sequence[Job]) -> list[Job]:
-    """One by one they join and one by one they end: a GPU compiles and captures what each number of rows needs."""
-    return [Job(0.005 * i, job.prompt, min(job.num_output, 2 * len(jobs) + i)) for i, job in enumerate(jobs)]
-
-
-def digest_of(reference: Sequence[Sequence[int]]) -> Callable[[Run, Sequence[Job]], Data]:
-    """What most figures keep of a run. Seconds; rows are per step that computed something."""
-
-    def digest(run: Run, jobs: Sequence[Job]) -> Data:
-        steps = [s for s in run.steps if s.num_prefill_tokens or s.num_decode_tokens]
-        num_tokens = sum(len(record.token_ids) for record in run.records)
-        data: Data = {
-            "requests": len(jobs),
-            "seconds": run.duration,
-            "tokens": num_tokens,
-            "latency": statistics.fmean(record.e2e for record in run.records),
-            "agree": agree([record.token_ids for record in run.records], reference),
-        }
-        if steps:
-            data |= {
-                "steps": len(steps),
-                "rows_live": statistics.fmean(s.num_running for s in steps),
-                "rows_computed": statistics.fmean(s.num_running + s.num_dead_rows for s in steps),
-                "kv_moved_bytes": sum(s.kv_moved_bytes for s in run.steps),
-                "kv_token_bytes_read": float(sum(s.kv_used_bytes for s in steps)),
-            }
-        return data
-
-    return digest
+def _misfit(config: EngineConfig) -> str | None:
+    """Why an engine does not fit this machine with room for every row at its longest."""
+    try:
+        _, shape, hardware, weights = survey(config)
+        resolve(replace(config, kv_layout="slab"), shape, hardware, weights)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Data, Figure, MissingError, digest_of
+from flover.bench.figures.context import OURS, Bench, Figure
+from flover.bench.figures.digests import Data, curves_of
 from flover.bench.figures.scale import Bytes, Gap
+from flover.bench.figures.servers import MissingError
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
 from flover.bench.records import Job
 from flover.bench.workload import Interval
@@ -35,39 +37,58 @@ def runs(bench: Bench) -> tuple[list[Data], list[Data], list[Data]]:
             rows += _model_rows(bench, model, tokens, gaps)
         except MissingError as error:
             gaps.append({"model": model, "what": "all systems", "why": str(error)})
-    missing = [model for model in published.FIG_4A if model not in bench.models]
-    gaps += [{"model": model, "what": "all systems", "why": "not asked for at this scale"} for model in missing]
+    missing = [model for model in published.FIG_4A if model not in bench.scale.shapes]
+    gaps += [{"model": model, "what": "all systems", "why": "not of this scale"} for model in missing]
     return rows, tokens, gaps
+
+
+# requests, beside the most
+FEW = {"fused": (8, 2, 4, 16, 1), "dynamic:50ms": (8,), "concurrent": (8, 2, 4, 1, 16)}
+
+
+def cells(bench: Bench, model: str, single: float, label: str) -> dict[str, list[Job]]:
+    """Workloads of a system, the most important first: the scaled interval, 0, fewer requests, 20 and 500 ms."""
+    main, *others = gaps_of(bench, model)
+    late = [gap for gap in others if gap.label in ("20 ms", "500 ms")]
+    few = [(main, n) for n in FEW[label] if n in bench.scale.requests and n < bench.most]
+    order = [(main, bench.most), *((gap, bench.most) for gap in others if gap not in late)]
+    later = [(gap, bench.most) for gap in late]
+    order += [*later, *few] if label == "fused" else [*few, *later]
+    return {
+        f"{gap.label} | {n}": bench.jobs(model, n, bench.scale.num_output, Interval(gap.of(single))) for gap, n in order
+    }
+
+
+def measure_cells(bench: Bench, model: str, label: str, reference: Data, only: str = "") -> Data:
+    """Those of a system, or one of them. Raises MissingError."""
+    single: float = reference["single"]
+    delay = 0.05 if bench.scale.absolute else 0.05 / published.FIG_4A[model].single * single
+    names = {"fused": OURS, "concurrent": f"concurrent:{bench.most}", "dynamic:50ms": f"dynamic:{delay * 1e3:.3f}ms"}
+    jobs = cells(bench, model, single, label)
+    if only:
+        jobs = {only: jobs[only]}
+    return bench.measure("headline", model, names[label], jobs, reference["tokens"], curves_of, label, rows=bench.most)
 
 
 def _model_rows(bench: Bench, model: str, tokens: list[Data], missing: list[Data]) -> list[Data]:
     scale = bench.scale
-    most = max(scale.requests)
-    bench.config(model, most, scale.limit)  # what does not fit is said before anything is loaded
-    reference = bench.reference(model, most, scale.num_output)
+    bench.config(model, bench.most, scale.limit)  # what does not fit is said before anything is loaded
+    reference = bench.reference(model, scale.num_output)
     single: float = reference["single"]
-    gaps = gaps_of(bench, model)
-    jobs = {
-        f"{gap.label} | {n}": bench.jobs(model, n, scale.num_output, Interval(gap.of(single)))
-        for gap in gaps
-        for n in (scale.requests if gap.label in (gaps[0].label, "500 ms") else (most,))
-    }
-    delay = 0.05 if scale.absolute else 0.05 / published.FIG_4A[model].single * single
-    systems = {"fused": OURS, "concurrent": f"concurrent:{most}", "dynamic:50ms": f"dynamic:{delay * 1e3:.3f}ms"}
     measured: dict[str, Data] = {}
-    for label, system in systems.items():
+    for label in FEW:
         try:
-            measured[label] = bench.measure("headline", model, system, jobs, digest_of(reference["tokens"]), label)
+            measured[label] = measure_cells(bench, model, label, reference)
         except MissingError as error:
             missing.append({"model": model, "what": label, "why": str(error)})
             continue
         tokens += [{"model": model, "system": label, "run": k} | v["agree"] for k, v in measured[label].items()]
     size = bench.bytes_of(model)
     return [
-        row_of(model, gap, jobs[key], {s: m[key] for s, m in measured.items()}, reference, size)
-        for gap in gaps
-        for key in jobs
-        if key.startswith(f"{gap.label} |")
+        row_of(model, gap, jobs, {s: runs.get(cell) for s, runs in measured.items()}, reference, size)
+        for gap in gaps_of(bench, model)
+        for cell, jobs in sorted(cells(bench, model, single, "fused").items(), key=lambda item: len(item[1]))
+        if cell.startswith(f"{gap.label} |")
     ]
 
 
@@ -93,6 +114,7 @@ def row_of(model: str, gap: Gap, jobs: list[Job], measured: Data, reference: Dat
     row["bound_bytes"] = max(len(jobs), (len(jobs) - 1) * share + 1) * alone / ideal.seconds
     row["bound_arrivals"] = arrival_bound(len(jobs), share)
     row["latency_bound_x"] = ideal.latency / alone
+    row["best_of"] = "serial, concurrent" if row["concurrent_s"] else "serial"
     if row["fused_s"]:
         best = min(row["serial_s"], row["concurrent_s"] or row["serial_s"])
         row["x_over_best"] = best / row["fused_s"]
@@ -125,8 +147,9 @@ def figure_4a(bench: Bench) -> Figure:
     for model, numbers in published.FIG_4A.items():
         paper[f"{model}, {most} requests, x over concurrent"] = paper_at(numbers.speedup, most)
     for row in last:
-        ours[f"{row['model']}, {most} requests, x over concurrent"] = row["x_over_concurrent"]
-        ours[f"{row['model']}, {most} requests, x over the better of serial and concurrent"] = row["x_over_best"]
+        if row["concurrent_s"]:
+            ours[f"{row['model']}, {most} requests, x over concurrent"] = row["x_over_concurrent"]
+        ours[f"{row['model']}, {most} requests, x over {over(row)}"] = row["x_over_best"]
         ours[f"{row['model']}, {most} requests, bound by arrivals alone"] = row["bound_arrivals"]
     notes = [
         "x over concurrent is the paper's speed-up; its FasterTransformer instances took 231 s (GPT-J) and 454 s (65B)"
@@ -134,11 +157,18 @@ def figure_4a(bench: Bench) -> Figure:
         "bound_arrivals = max(N, (N - 1) i + 1) / ((N - 1) i + 1) for an interval of i single-request times: that of"
         " any batcher over serial. bound_bytes also counts the bytes that each step must read.",
         "The release's 65B has an intermediate size of 11008, here it has its true 22016.",
-        "serial_s at an interval is computed from the measured service times, as a queue with one server.",
+        "serial_s is computed from the measured service times, as a queue with one server; where serial ran fewer"
+        " requests than a row has (33B, 65B), the others take the median: all are of one length.",
+        "best_of: what x_over_best is over; concurrent instances are not measured in every cell.",
     ]
     shown = ("_latency_x", "_per_s", "latency_bound_x")
     table = [{k: v for k, v in row.items() if not k.endswith(shown)} for row in rows]
     return Figure(paper, ours, _verdict_4a(last), table, tokens, notes, gaps)
+
+
+def over(row: Data) -> str:
+    """What x_over_best of a row is over."""
+    return "the better of serial and concurrent" if row["concurrent_s"] else "serial (concurrent not measured)"
 
 
 def _verdict_4a(last: list[Data]) -> str:
@@ -150,8 +180,8 @@ def _verdict_4a(last: list[Data]) -> str:
         got = row["x_over_concurrent"] or row["x_over_best"]
         reached.append(theirs is not None and got >= theirs)
         parts.append(
-            f"{row['model']} {got:.1f}x over concurrent (paper {theirs}x), {row['x_over_best']:.1f}x over the better of"
-            f" serial and concurrent, or {row['x_over_best'] / row['bound_arrivals']:.0%} of the"
+            (f"{row['model']} {got:.1f}x over concurrent (paper {theirs}x), " if row["concurrent_s"] else "")
+            + f"{row['x_over_best']:.1f}x over {over(row)}, or {row['x_over_best'] / row['bound_arrivals']:.0%} of the"
             f" {row['bound_arrivals']:.1f}x that the arrivals allow"
         )
         if theirs and theirs > row["bound_arrivals"]:
@@ -177,7 +207,10 @@ def figure_4b(bench: Bench) -> Figure:
     grows = []
     for row in shown:
         if row["requests"] == most and row["fused_s"]:
-            first = next(r for r in shown if r["model"] == row["model"] and r["requests"] == min(bench.scale.requests))
+            few = min(bench.scale.requests)
+            first = next(r for r in shown if r["model"] == row["model"] and r["requests"] == few)
+            if not first["fused_s"]:
+                continue
             name = f"{row['model']}, tokens/s at {most} requests over tokens/s at 1"
             numbers = published.FIG_4A[row["model"]]
             at = paper_at(numbers.seconds, most)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Data, Figure, MissingError, digest_of, gap_figure
+from flover.bench.figures.context import OURS, Bench, Figure, gap_figure
+from flover.bench.figures.digests import Data
+from flover.bench.figures.servers import MissingError
 from flover.bench.records import Job, Run
 from flover.bench.workload import Interval, Uniform
 from flover.config import DTYPE_BYTES, ModelConfig
@@ -39,19 +41,18 @@ def measure_modes(
     scale = bench.scale
     most, longest = max(n for n, _ in cells), max(upper for _, upper in cells)
     bench.config(model, most, scale.num_prompt + longest)
-    count = max(*scale.requests, most)
-    reference = bench.reference(model, count, min(longest, REFERENCE))
+    reference = bench.reference(model, min(longest, REFERENCE))
     single = reference["single"] * scale.num_output / min(longest, REFERENCE)  # of the request of Fig. 4
     gap = published.RANDOM_INTERVAL if scale.absolute else published.RANDOM_INTERVAL / published.POISSON_SINGLE * single
     jobs = {
         f"{n} | {upper} | {i}": draw_jobs(bench, model, n, upper, gap, i)
-        for n, upper in cells
         for i in range(scale.repeats)
+        for n, upper in cells
     }
     found: dict[str, Data] = {}
     gaps: list[Data] = []
     for mode in modes:
-        found[mode] = bench.measure(group, model, MODES[mode], jobs, digest_of(reference["tokens"]))
+        found[mode] = bench.measure(group, model, MODES[mode], jobs, reference["tokens"])
     if instances:
         few = {k: j for k, j in jobs.items() if len(j) == most and k.endswith("| 0")}
         few = {
@@ -60,8 +61,7 @@ def measure_modes(
             if int(k.split(" | ")[1]) <= max(published.RANDOM["v1_fig_9a_32_requests"]["upper"])
         }
         try:
-            digest = digest_of(reference["tokens"])
-            found["concurrent"] = bench.measure(group, model, f"concurrent:{most}", few, digest)
+            found["concurrent"] = bench.measure(group, model, f"concurrent:{most}", few, reference["tokens"])
         except MissingError as error:
             gaps.append({"system": "concurrent", "why": str(error)})
     tokens = [{"mode": m, "run": key} | run["agree"] for m, runs in found.items() for key, run in runs.items()]
@@ -72,11 +72,11 @@ def measure_modes(
 
 def _row(count: int, upper: int, mode: str, found: dict[str, Data], weights: float) -> Data:
     """Means over the repeats. Gains are over `off`: measured, and as the bytes or the rows of the steps predict."""
-    keys = [key for key in found[mode] if key.startswith(f"{count} | {upper} |")]
+    keys = [key for key in found[mode] if key.startswith(f"{count} | {upper} |") and key in found["off"]]
     runs, base = [found[mode][key] for key in keys], [found["off"][key] for key in keys]
     if not runs:
         return {}
-    row: Data = {"requests": count, "upper": upper, "mode": mode}
+    row: Data = {"requests": count, "upper": upper, "mode": mode, "draws": len(runs)}
     row["seconds"] = statistics.fmean(run["seconds"] for run in runs)
     row["gain"] = statistics.fmean(b["seconds"] / run["seconds"] for b, run in zip(base, runs))
     if mode == "concurrent":
@@ -100,13 +100,13 @@ def _row(count: int, upper: int, mode: str, found: dict[str, Data], weights: flo
 def figure_random(bench: Bench) -> Figure:
     """Reorder off, move and indirect on the same requests of random length (v1 Fig. 9a and 9b)."""
     scale, model = bench.scale, "gptj-6b"
-    if not bench.has(model):
-        return gap_figure(f"{model} was not asked for")
     cells = [(count, upper) for count, uppers in scale.upper.items() for upper in uppers]
     try:
         rows, tokens, gaps = measure_modes(bench, "random", model, cells, ("off", "move", "indirect"), instances=True)
     except MissingError as error:
         return gap_figure(str(error))
+    if not any(row["mode"] == "move" for row in rows):
+        return gap_figure("off and move are not measured on the same requests")
     paper: Data = {}
     a, b = published.RANDOM["v1_fig_9a_32_requests"], published.RANDOM["v1_fig_9b_16_requests"]
     for upper, off, shuffle in zip(a["upper"], a["off_s"], a["shuffle_s"]):
@@ -149,13 +149,13 @@ def figure_tp(bench: Bench) -> Figure:
     scale, model = bench.scale, "llama-13b"
     upper, counts = scale.tp
     missing = [{"ranks": n, "why": "this engine runs on one device; there is no setting for more"} for n in (2, 4, 8)]
-    if not bench.has(model):
-        return gap_figure(f"{model} was not asked for")
     try:
         cells = [(count, upper) for count in counts]
         rows, tokens, gaps = measure_modes(bench, "tp", model, cells, ("off", "move"), instances=False)
     except MissingError as error:
         return gap_figure(str(error))
+    if not any(row["mode"] == "move" for row in rows):
+        return gap_figure("off and move are not measured on the same requests")
     rows = [{"ranks": 1} | row for row in rows]
     paper: Data = {}
     for ranks, numbers in published.TENSOR_PARALLEL.items():
@@ -180,22 +180,23 @@ def figure_tp(bench: Bench) -> Figure:
 def figure_memory(bench: Bench) -> Figure:
     """Live, reserved and released KV bytes over time: slab, paged, and a buffer that keeps everything."""
     scale, model = bench.scale, "llama-13b"
-    if not bench.has(model):
-        return gap_figure(f"{model} was not asked for")
     count, rows_at_most, upper = 32, 16, scale.limit
     token_bytes = ModelConfig.from_dict(scale.shapes[model]).kv_elements_per_token * DTYPE_BYTES[scale.dtype]
     slot = (upper + scale.num_prompt) * token_bytes
     try:
         bench.config(model, rows_at_most, upper + scale.num_prompt)
-        reference = bench.reference(model, max(scale.requests), scale.num_output)
+        reference = bench.reference(model, scale.num_output)
         gap = published.INTERVAL / published.FIG_4A[model].single * reference["single"]
         jobs = draw_jobs(bench, model, count, upper, gap)
-        runs = {
-            mode: bench.measure("memory", model, name, {"": jobs}, _memory_digest(reference), rows=rows_at_most)[""]
+        cells = {
+            mode: bench.measure("memory", model, name, {"": jobs}, reference["tokens"], kv_curve, rows=rows_at_most)
             for mode, name in MODES.items()
         }
     except MissingError as error:
         return gap_figure(str(error))
+    if not all(cells.values()):
+        return gap_figure(f"not measured: {', '.join(mode for mode, cell in cells.items() if not cell)}")
+    runs = {mode: cell[""] for mode, cell in cells.items()}
     keep = float(count * slot)
     table = [_memory_row(name, run, slot * rows_at_most) for name, run in runs.items()]
     end = max(run["seconds"] for run in runs.values())
@@ -226,22 +227,18 @@ def figure_memory(bench: Bench) -> Figure:
     return Figure({}, ours, verdict, table, [{"mode": m} | r["agree"] for m, r in runs.items()], notes, plot=plot)
 
 
-def _memory_digest(reference: Data) -> Callable[[Run, Sequence[Job]], Data]:
-    base = digest_of(reference["tokens"])
-
-    def digest(run: Run, jobs: Sequence[Job]) -> Data:
-        steps = run.steps
-        every = max(1, len(steps) // POINTS)
-        ends = [s.end for s in steps]
-        spans = [b - a for a, b in zip([0.0, *ends], ends)]
-        return base(run, jobs) | {
-            "curve": [[s.end, s.kv_used_bytes, s.kv_reserved_bytes] for s in steps[::every]],
-            "live_mean": sum(s.kv_used_bytes * d for s, d in zip(steps, spans)) / sum(spans),
-            "reserved_mean": sum(s.kv_reserved_bytes * d for s, d in zip(steps, spans)) / sum(spans),
-            "reserved_peak": max(s.kv_reserved_bytes for s in steps),
-        }
-
-    return digest
+def kv_curve(run: Run) -> Data:
+    """At most `POINTS` of [seconds, live bytes, reserved bytes], and means over time."""
+    steps = run.steps
+    every = max(1, len(steps) // POINTS)
+    ends = [s.end for s in steps]
+    spans = [b - a for a, b in zip([0.0, *ends], ends)]
+    return {
+        "curve": [[s.end, s.kv_used_bytes, s.kv_reserved_bytes] for s in steps[::every]],
+        "live_mean": sum(s.kv_used_bytes * d for s, d in zip(steps, spans)) / sum(spans),
+        "reserved_mean": sum(s.kv_reserved_bytes * d for s, d in zip(steps, spans)) / sum(spans),
+        "reserved_peak": max(s.kv_reserved_bytes for s in steps),
+    }
 
 
 def _memory_row(mode: str, run: Data, capacity: float) -> Data:

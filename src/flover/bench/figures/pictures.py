@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Data
+from flover.bench.figures.digests import Data
 from flover.bench.figures.headline import main_rows, paper_at
 from flover.bench.figures.style import (
     BLUE,

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flover.bench.figures.context import Data
+from flover.bench.figures.digests import Data
 from flover.bench.figures.style import (
     BLUE,
     GREEN,
@@ -21,6 +21,7 @@ from flover.bench.figures.style import (
     panels,
 )
 
+SHOWN = ("off", "move", "indirect")
 FEW_DEAD = 0.05  # share of dead slots of the calls that are shown
 
 
@@ -31,9 +32,10 @@ def draw_random(data: Data) -> Figure:
         1 + len(groups), "Reordering saves the rows that have ended; what a row costs decides the gain"
     )
     most = [row for row in rows if row["requests"] == groups[0]]
-    uppers = sorted({row["upper"] for row in most})
-    for i, mode in enumerate(("off", "move", "indirect")):
-        cells = [next(r for r in most if (r["mode"], r["upper"]) == (mode, upper)) for upper in uppers]
+    found = {(row["mode"], row["upper"]): row for row in most}
+    uppers = sorted(u for u in {row["upper"] for row in most} if all((m, u) in found for m in SHOWN))
+    for i, mode in enumerate(SHOWN):
+        cells = [found[mode, upper] for upper in uppers]
         at = [x + (i - 1) * 0.27 for x in range(len(cells))]
         bars = axes[0].bar(at, [r["rows_computed"] for r in cells], 0.25, color=MODES[mode], label=mode)
         if len(cells) < 4:

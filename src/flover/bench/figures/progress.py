@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Sequence
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Data, Figure, MissingError, digest_of, gap_figure
+from flover.bench.figures.context import Bench, Figure, gap_figure
+from flover.bench.figures.digests import Data, curves_of
+from flover.bench.figures.headline import cells, measure_cells
+from flover.bench.figures.servers import MissingError
 from flover.bench.figures.theory import queue_ends
-from flover.bench.records import Run
-from flover.bench.workload import Interval
 
-POINTS = 200  # of a curve
+WINDOWS = (0.05, *published.PROGRESS["windows_s"])
 
 
 def figure_progress(bench: Bench) -> Figure:
@@ -19,35 +20,36 @@ def figure_progress(bench: Bench) -> Figure:
     model, scale = "llama-13b", bench.scale
     if not bench.has(model):
         return gap_figure(f"{model} was not asked for")
-    count = max(scale.requests)
+    count = bench.most
     try:
         bench.config(model, count, scale.limit)
-        reference = bench.reference(model, count, scale.num_output)
+        reference = bench.reference(model, scale.num_output)
     except MissingError as error:
         return gap_figure(str(error))
     theirs = published.FIG_4A[model].single
     single: float = reference["single"]
     stretch = single / theirs
-    jobs = bench.jobs(model, count, scale.num_output, Interval(published.INTERVAL * stretch))
-    windows = (0.05, *published.PROGRESS["windows_s"])
-    systems = {"fused": OURS, "concurrent": f"concurrent:{count}"}
-    systems |= {f"dynamic {_seconds(w)}": f"dynamic:{w * stretch * 1e3:.3f}ms" for w in windows}
-    digest = digest_of(reference["tokens"])
+    cell, jobs = next(iter(cells(bench, model, single, "fused").items()))  # that of figure 4
+    windows = {f"dynamic {_seconds(w)}": f"dynamic:{w * stretch * 1e3:.3f}ms" for w in WINDOWS}
     rows: list[Data] = []
     tokens: list[Data] = []
     gaps: list[Data] = []
     curves: Data = {}
-    for label, system in systems.items():
+    for label in ("fused", *windows, "concurrent"):
         try:
-            run = bench.measure("progress", model, system, {"": jobs}, lambda r, j: digest(r, j) | curves_of(r), label)[
-                ""
-            ]
+            if label in windows:
+                found = bench.measure(
+                    "progress", model, windows[label], {cell: jobs}, reference["tokens"], curves_of, label
+                )
+            else:
+                found = measure_cells(bench, model, label, reference, only=cell)
         except MissingError as error:
             gaps.append({"system": label, "why": str(error)})
             continue
-        tokens.append({"system": label} | run["agree"])
-        curves[label] = {"tokens": run["curve_tokens"], "finished": run["curve_finished"]}
-        rows.append(_progress_row(label, run, single))
+        for run in found.values():
+            tokens.append({"system": label} | run["agree"])
+            curves[label] = {"tokens": run["curve_tokens"], "finished": run["curve_finished"]}
+            rows.append(_progress_row(label, run, single))
     ends = queue_ends([job.arrival for job in jobs], reference["service"])
     latency = statistics.fmean(end - job.arrival for end, job in zip(ends, jobs)) / single
     rows.append({"system": "serial", "end_x": ends[-1] / single, "half_x": ends[count // 2 - 1] / single})
@@ -69,18 +71,6 @@ def figure_progress(bench: Bench) -> Figure:
 
 def _seconds(value: float) -> str:
     return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms"
-
-
-def curves_of(run: Run) -> Data:
-    """At most `POINTS` (seconds, cumulative) pairs of tokens, and all of finished requests."""
-    times = sorted(t for record in run.records for t in record.times)
-    ends = sorted(record.times[-1] for record in run.records)
-    every = max(1, len(times) // POINTS)
-    kept = [*range(0, len(times), every), len(times) - 1]
-    return {
-        "curve_tokens": [[times[i], i + 1] for i in kept],
-        "curve_finished": [[0.0, 0], *([t, i + 1] for i, t in enumerate(ends))],
-    }
 
 
 def _progress_row(label: str, run: Data, single: float) -> Data:

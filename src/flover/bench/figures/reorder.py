@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Bench, Data, Figure
+from flover.bench.figures.context import Bench, Figure, gap_figure
+from flover.bench.figures.digests import Data
+from flover.bench.figures.pieces import Todo
 from flover.bench.figures.scale import SHAPES
 from flover.bench.plans import INDEX_SELECT, PLANS, Plan, Visit, index_select_tokens, replay
 from flover.config import ModelConfig
@@ -28,6 +30,12 @@ ELEMENT = 2  # bytes, fp16 or bf16
 
 def figure_reorder(bench: Bench) -> Figure:
     """Moves, tokens, bytes and milliseconds of each plan; needs no model."""
+    seconds = 0.1 * bench.scale.traces * len(bench.scale.lens)
+    if bench.planning:
+        bench.todo.append(Todo("reorder", "all", seconds))
+    if bench.planning or not bench.budget.holds(seconds):
+        bench.unmeasured.append({"what": "reorder", "why": "the budget has no time for it"})
+        return gap_figure("the budget has no time for it")
     rng = np.random.default_rng(bench.seed)
     traces = [
         row

@@ -73,6 +73,7 @@ class Scale:
         tp: upper bound and numbers of requests of the figure with tensor parallelism.
         runs: of each workload, of which the fastest counts: short runs are noisy.
         threads: of the engine on a CPU; more only get in each other's way where a model is tiny.
+        serial: of how many requests serial is measured, where fewer than the most will do: they are of one length.
         lens: maximum lengths of the reorder study. slots: its numbers of slots; traces: random ones of each length.
     """
 
@@ -94,6 +95,7 @@ class Scale:
     lens: tuple[int, ...]
     slots: tuple[int, ...]
     traces: int
+    serial: Mapping[str, int]
     threads: int | None = None
     runs: int = 1
 
@@ -112,7 +114,7 @@ FULL = Scale(
     requests=(1, 2, 4, 8, 16, 32),
     absolute=True,
     draws=20,
-    repeats=3,
+    repeats=1,
     poisson_ms=(20, 50, 100, 150, 200, 300, 400, 500, 750, 1000, 2000, 3000, 4000, 5000),
     fixed_requests=(1, 2, 4, 8),
     fixed_batches=(1, 2, 4),
@@ -122,6 +124,7 @@ FULL = Scale(
     lens=(512, 1024, 1536, 2048),
     slots=(32, 64, 128, 256, 512, 1024, 2048, 4096),
     traces=100,
+    serial={"llama-33b": 8, "llama-65b": 4},
 )
 TINY = Scale(
     name="tiny",
@@ -142,6 +145,7 @@ TINY = Scale(
     lens=(512, 1024, 1536, 2048),
     slots=(32, 128, 1024, 4096),
     traces=20,
+    serial={},
     threads=1,
     runs=3,
 )
