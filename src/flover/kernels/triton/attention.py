@@ -80,11 +80,11 @@ def num_splits(units: int) -> int:
 def decode_options(block_d: int, wide: bool, fp8: bool, programs: int) -> dict[str, int]:
     """Keys that a decode program reads at a time, and how. Many programs: small ones, more of which fit side by side.
 
-    block_d: head size, padded. wide: fp32 queries. fp8: the cache is, and conversion costs more than reading.
+    block_d: head size, padded. wide: fp32 queries. fp8: the cache is.
     programs: of the launch.
     """
     if fp8 and not wide and block_d <= 128:
-        return {"BLOCK_N": 64, "num_warps": 2, "num_stages": 3}
+        return {"BLOCK_N": 64, "num_warps": 2 if programs >= PROGRAMS else 4, "num_stages": 3}
     if not wide and block_d <= 128 and programs >= PROGRAMS:
         return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
     return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": 2 if wide else 3}

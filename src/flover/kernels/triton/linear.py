@@ -76,5 +76,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
     if chosen is None or chosen.split_k > 1 or weight.shape[0] % 128:
         out: Tensor = _activation(linear(x, weight, bias, batch_invariant=batch_invariant), name, True)
         return out
-    half = chosen._replace(block_n=chosen.block_n // 2)
-    return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), half, name)
+    if chosen.block_k == 128:  # up to 16 rows: a whole tile of each fits, with fewer stages
+        chosen = chosen._replace(num_stages=4)
+    else:
+        chosen = chosen._replace(block_n=chosen.block_n // 2)
+    return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), chosen, name)
