@@ -1,4 +1,4 @@
-"""Front cost of streaming: CPU time of the server's process (the engine has its own) per streamed token.
+"""Front cost of streaming: CPU time of the front's process (supervisor and engine have their own) per streamed token.
 
     python benchmarks/server.py [--streams 64] [--tokens 200] [--api chat|completions]
 
@@ -69,7 +69,7 @@ def main() -> None:
     try:
         assert server.stdout is not None
         port = int(server.stdout.readline().rpartition(":")[2])
-        print(json.dumps(asyncio.run(measure(port, server.pid, args))))
+        print(json.dumps(asyncio.run(measure(port, psutil.Process(server.pid).children()[0].pid, args))))
     finally:
         server.terminate()
         server.wait()

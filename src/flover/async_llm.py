@@ -99,9 +99,10 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        config = engine_config(model, options)
-        self._core = RemoteCore(config)
-        self.engine = LLMEngine(config, self._core)
+        self._config = engine_config(model, options)
+        self._core = RemoteCore(self._config)
+        self._core.wait_until_ready()
+        self.engine = LLMEngine(self._config, self._core)
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="flover-tokenizer")
         self._streams: dict[str, Stream] = {}  # by request id, until its last output
         self.observer: Observer | None = None
@@ -203,6 +204,31 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish_reason "abort". Unknown ids are ignored."""
         self.engine.abort(request_id)
+
+    async def restart(self) -> None:
+        """Start an engine with the same settings, once the last one has died. Cancelling it ends the new one.
+
+        Raises:
+            ValueError: what the constructor raises. EngineDeadError: it died again, at the start.
+        """
+        self._core.shutdown()
+        core = RemoteCore(self._config)
+        try:
+            await self.in_thread(core.wait_until_ready)
+            engine = await self.in_thread(LLMEngine, self._config, core)
+        except BaseException:
+            core.kill()
+            core.shutdown()
+            raise
+        self._core, self.engine, self._dead = core, engine, None
+        self.attach()
+
+    async def end_engine(self, after: float = 0.5) -> None:
+        """Kill an engine that hangs; first it has `after` seconds to write its threads' stacks to stderr."""
+        core = self._core
+        core.dump_stacks()
+        await asyncio.sleep(after)
+        core.kill()
 
     def shutdown(self) -> None:
         """End the engine; streams that are open get `EngineDeadError`."""

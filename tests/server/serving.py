@@ -26,8 +26,13 @@ class Server:
         self.http = httpx.Client(base_url=url, headers=headers, timeout=30)
 
     @property
-    def engine(self) -> psutil.Process:
+    def front(self) -> psutil.Process:
         (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = self.front.children()
         return child
 
     def metric(self, name: str) -> float:

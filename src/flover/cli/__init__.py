@@ -88,6 +88,8 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(help="of a request; more is a 413")] = 8 << 20,
     body_timeout: Annotated[float, typer.Option(help="seconds for a request to arrive")] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="seconds that requests have to finish after SIGTERM")] = 30.0,
+    max_restarts: Annotated[int, typer.Option(help="of a dying engine or front, in a row")] = 5,
+    engine_iteration_timeout: Annotated[float, typer.Option(help="seconds without a step until a restart")] = 60.0,
     engine: dict[str, Any],
 ) -> int:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
@@ -102,6 +104,8 @@ def serve(
         "max_body_bytes": max_body_bytes,
         "body_timeout": body_timeout,
         "drain_timeout": drain_timeout,
+        "max_restarts": max_restarts,
+        "engine_iteration_timeout": engine_iteration_timeout,
     }
     return run_serve(name, api_key or (), server, engine)
 

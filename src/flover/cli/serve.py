@@ -16,8 +16,8 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
     for package in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
         if find_spec(package) is None:
             raise ValueError(f'the server needs {package}: pip install "flover[server]"')
+    from flover.server.config import ServerConfig
     from flover.server.serve import run
-    from flover.server.service import ServerConfig
 
     given = os.environ.pop(KEYS, "")  # the engine's process has no use for it
     keys = [*api_keys, *(given.split(",") if given else ())]

@@ -1,15 +1,12 @@
-"""The engine in a process of its own: `python -m flover.engine.process FD`, started by `engine.remote`.
+"""The engine in a process of its own: `python -m flover.engine.process FD PARENT`, started by `engine.remote`.
 
 It reads requests on a thread, so that the front is never kept waiting by a step, steps while there is work, and ends
-with its parent: when the socket closes, and on Linux also when the parent dies.
+with its parent: when the socket closes, and on Linux also when the parent dies (`lifeline`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import signal
 import socket
 import sys
 import threading
@@ -20,10 +17,10 @@ from typing import Any
 from flover.engine.engine import EngineCore
 from flover.engine.step import StepOutput
 from flover.engine.wire import Connection, Ended, Failed, Finish, NewRequest, Ready, Start, Stepped, ToEngine
+from flover.lifeline import end_soon, end_with_parent
 from flover.request import FinishReason
 
 logger = logging.getLogger("flover")
-PR_SET_PDEATHSIG = 1
 
 
 class EngineProcess:
@@ -82,20 +79,13 @@ def _read(connection: Connection, inbox: SimpleQueue[Any]) -> None:
             for message in connection.receive():
                 inbox.put(message)
     except EOFError:
+        end_soon()
         inbox.put(None)
 
 
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it died before that
-            sys.exit(1)
-
-
-def main(fd: int) -> int:
+def main(fd: int, parent: int) -> int:
     """-> exit code."""
-    _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's business
+    end_with_parent(parent)
     connection = Connection(socket.socket(fileno=fd), ToEngine)
     inbox: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True, name="flover-inbox").start()
@@ -116,4 +106,4 @@ def main(fd: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

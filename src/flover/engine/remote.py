@@ -6,6 +6,8 @@ reports. One that the front has ended (a stop string, an abort) takes no more to
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flover.config import EngineConfig
+from flover.config import EngineConfig, ResolvedConfig
 from flover.engine.scheduler import check_size
 from flover.engine.step import StepOutput
-from flover.engine.wire import Connection, Ended, Failed, Finish, FromEngine, NewRequest, Ready, Start, Stepped
+from flover.engine.wire import Connection, Ended, Failed, Finish, FromEngine, NewRequest, Outbox, Ready, Start, Stepped
 from flover.request import FinishReason, Request, RequestStatus
 from flover.startup import StartupTimes
 
@@ -27,17 +29,25 @@ class EngineDeadError(RuntimeError):
     """The engine's process has ended; nothing more will come."""
 
 
-class RemoteCore:
-    """Starts the process and waits until it is ready.
+def ending(code: int) -> str:
+    """How a process ended, by the exit code that `subprocess` gives."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
-    Raises:
-        ValueError: what `EngineCore` raises. EngineDeadError: the process ended instead.
+
+class RemoteCore:
+    """Starts the process; `wait_until_ready` before anything else.
+
+    Make it on the main thread: on Linux the process dies with the thread that started it.
     """
+
+    folder: Path
+    resolved: ResolvedConfig
+    startup_times: StartupTimes
 
     def __init__(self, config: EngineConfig) -> None:
         mine, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "flover.engine.process", str(theirs.fileno())]
+            command = [sys.executable, "-m", "flover.engine.process", str(theirs.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
                 command,
                 pass_fds=(theirs.fileno(),),
@@ -45,10 +55,16 @@ class RemoteCore:
                 start_new_session=True,  # a terminal's Ctrl-C is the front's business, also while the engine starts
             )
         self._connection = Connection(mine, FromEngine)
+        self._outbox = Outbox(self._connection)
         self._messages: deque[Any] = deque()
         self._requests: dict[str, Request] = {}  # until the engine has reported their end
         self.clock = time.monotonic
         self._send(Start(config))
+
+    def wait_until_ready(self) -> None:
+        """Raises:
+        ValueError: what `EngineCore` raises. EngineDeadError: the process ended instead.
+        """
         ready = self._next()
         if isinstance(ready, Failed):
             self.shutdown()
@@ -91,12 +107,32 @@ class RemoteCore:
 
     def shutdown(self) -> None:
         """End the process; what is in flight is dropped."""
+        self._outbox.close()
+        with suppress(OSError):
+            self._connection.socket.shutdown(socket.SHUT_RDWR)  # a thread may be sending
         self._connection.close()
+        self._end(timeout=5)
+
+    def dump_stacks(self) -> None:
+        """The process writes to stderr what each of its threads does, also if it was stopped."""
+        self._process.send_signal(signal.SIGUSR1)
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """At once; `receive` will say that it is dead."""
+        self._process.kill()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _end(self, timeout: float) -> int:
+        """-> exit code, by force once the time is over."""
         try:
-            self._process.wait(timeout=5)
+            return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            return self._process.wait()
 
     # ---- the connection ----------------------------------------------------------------------------------------------
 
@@ -113,8 +149,7 @@ class RemoteCore:
         try:
             self._messages += self._connection.receive()
         except EOFError:
-            code = self._process.wait()
-            raise EngineDeadError(f"the engine's process has ended, exit code {code}") from None
+            raise EngineDeadError(f"the engine's process has ended, {ending(self._end(timeout=0.5))}") from None
 
     @property
     def pending(self) -> bool:
@@ -128,7 +163,7 @@ class RemoteCore:
 
     def _send(self, message: Any) -> None:
         with suppress(OSError):  # it is gone, which `receive` will say
-            self._connection.send(message)
+            self._outbox.send(message)
 
     def _take_in(self, message: Stepped) -> StepOutput:
         output = StepOutput(stats=message.stats)
@@ -147,10 +182,10 @@ class RemoteCore:
                 request.prompt_logprob_list = message.prompt_logprobs[i]
             output.requests.append(request)
             output.token_ids.append(token)
-        output.finished = [self._end(ended) for ended in message.ended]
+        output.finished = [self._take_end(ended) for ended in message.ended]
         return output
 
-    def _end(self, ended: Ended) -> Request:
+    def _take_end(self, ended: Ended) -> Request:
         request = self._requests.pop(ended.request_id)
         if not request.finished:  # else the front has said why
             request.status = RequestStatus.FINISHED

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 import msgspec
@@ -175,3 +178,45 @@ class Connection:
 
     def close(self) -> None:
         self.socket.close()
+
+
+class Outbox:
+    """Sends on a connection without ever waiting: what the socket does not take at once goes by a thread.
+
+    The other side may have stopped reading for good, and who sends is an event loop. The bytes that wait are bounded by
+    what a server admits.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._encoder = msgspec.msgpack.Encoder()
+        self._rest: SimpleQueue[bytes | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._num_waiting = 0
+        self._thread: threading.Thread | None = None
+
+    def send(self, message: Any) -> None:
+        """In order. OSError if the other side is known to be gone."""
+        data = self._encoder.encode(message)
+        data = HEADER.pack(len(data)) + data
+        with self._lock:
+            if not self._num_waiting:
+                with suppress(BlockingIOError):
+                    data = data[self._connection.socket.send(data, socket.MSG_DONTWAIT) :]
+                if not data:
+                    return
+            self._num_waiting += 1
+        self._rest.put(data)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._drain, daemon=True, name="flover-outbox")
+            self._thread.start()
+
+    def close(self) -> None:
+        self._rest.put(None)
+
+    def _drain(self) -> None:
+        with suppress(OSError):  # it is gone, which the reader will say
+            while (data := self._rest.get()) is not None:
+                self._connection.socket.sendall(data)
+                with self._lock:
+                    self._num_waiting -= 1

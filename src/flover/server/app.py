@@ -225,7 +225,7 @@ async def readyz(service: Service, request: Request) -> Response:
     """Requests are taken in."""
     if service.ready:
         return _json({"status": "ready"})
-    return _json({"status": "draining" if service.draining else "engine dead"}, 503)
+    return _json({"status": service.state}, 503)
 
 
 async def version(service: Service, request: Request) -> Response:

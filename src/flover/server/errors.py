@@ -55,7 +55,8 @@ def from_value_error(error: ValueError, names: Iterable[str], default: str) -> A
 
 
 def engine_dead() -> ApiError:
-    return ApiError(503, "the engine has died; the server is going down", kind=SERVER, code="engine_dead")
+    message = "the engine has died; it is being started again"
+    return ApiError(503, message, kind=SERVER, code="engine_dead", headers={"Retry-After": "5"})
 
 
 def draining() -> ApiError:

@@ -57,7 +57,7 @@ class Metrics(Collector):
         self.accepted = self.aborted = self.failed = 0
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0})  # by reason
         self.rejected: Counter[str] = Counter({"queue_full": 0, "draining": 0})
-        self.prompt_tokens = self.generation_tokens = self.preemptions = 0
+        self.prompt_tokens = self.generation_tokens = self.preemptions = self.restarts = 0
         self._stats: StepStats | None = None
         self._ttft, self._e2e = Histogram(LATENCY), Histogram(LATENCY)
         self._itl, self._step = Histogram(GAPS), Histogram(GAPS)
@@ -105,6 +105,11 @@ class Metrics(Collector):
             self.load.remove(request_id)
             self.failed += 1
 
+    def restarted(self, kv_bytes: int) -> None:
+        """Another engine, with a KV cache of that size."""
+        self.restarts += 1
+        self._kv_bytes = kv_bytes
+
     def _end(self, output: RequestOutput, now: float) -> None:
         one = self.load.remove(output.request_id)
         reasons = {choice.finish_reason for choice in output.outputs}
@@ -151,6 +156,7 @@ class Metrics(Collector):
         yield _counter("prompt_tokens", "Prompt tokens computed or cached.", self.prompt_tokens)
         yield _counter("generation_tokens", "Tokens generated.", self.generation_tokens)
         yield _counter("num_preemptions", "Rows preempted.", self.preemptions)
+        yield _counter("engine_restarts", "Engines started after one died.", self.restarts)
         yield self._ttft.family("flover:time_to_first_token_seconds", "Arrival to first token.")
         yield self._itl.family("flover:inter_token_latency_seconds", "Between tokens of a prompt.")
         yield self._e2e.family("flover:e2e_request_latency_seconds", "Arrival to last token, of those that finished.")

@@ -1,44 +1,43 @@
-"""`flover serve`: bind, load, listen, drain, exit.
+"""`flover serve`: the supervisor. It owns the listening socket and one front (`server.front`), which owns the engine.
 
-The port is taken before the model is loaded, so that a port in use is told at once. The first SIGTERM or SIGINT ends
-the taking in (503, /readyz too) and lets what runs finish, for `drain_timeout` seconds; a second aborts it.
+The port is taken before anything is loaded, so that a port in use is told at once. The first SIGTERM or SIGINT drains,
+a second aborts what is left, a third kills. A front that dies is started again on the same socket; connections that
+come meanwhile wait in its backlog. The front ends with this process, and the engine with the front.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
+import os
+import selectors
 import signal
 import socket
-from collections.abc import Generator, Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import uvicorn
+from flover.engine.remote import ending
+from flover.engine.wire import Connection
+from flover.server.config import ServerConfig
+from flover.server.control import Abort, Drain, Failed, FromFront, Leaving, Serving, Setup
+from flover.server.restarts import Restarts
 
-from flover.async_llm import AsyncLLM
-from flover.server.app import make_app
-from flover.server.http import HttpProtocol
-from flover.server.service import ServerConfig, Service
-
-LINGER = 2.0  # seconds for last answers to reach their clients
 logger = logging.getLogger("flover")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+END_SECONDS = 5.0  # for a front that has closed its end to exit
 
 
 def run(config: ServerConfig, engine: Mapping[str, Any]) -> int:
-    """Serve until told to stop. -> exit code: 0 after a drain, 1 if the engine died, 128 + signal if it was cut short.
+    """Serve until told to stop. -> exit code: 0 after a drain or SIGTERM, 1 if it kept dying, else 128 + signal.
 
     Raises:
         ValueError: anything wrong with settings or checkpoint. OSError: the address cannot be taken.
     """
-    listener = bind(config.host, config.port)
-    with listener:
-        llm = AsyncLLM(**engine)
-        try:
-            logger.info("memory: %s", llm.engine.core.resolved.memory)
-            return asyncio.run(_serve(Service(llm, config), listener))
-        finally:
-            llm.shutdown()
+    with bind(config.host, config.port) as listener, _signals() as told:
+        return Supervisor(listener, told, config, engine).run()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -59,74 +58,141 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, but the signals are ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
-async def _serve(service: Service, listener: socket.socket) -> int:
-    service.llm.attach()
-    settings = uvicorn.Config(
-        make_app(service),
-        http=HttpProtocol,
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=int(LINGER),
-    )
-    server = _Server(settings)
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    serving = asyncio.create_task(server.serve([listener]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    if server.started:
-        print(f"Flover serves {service.model_names[0]} at {url(listener)}", flush=True)
-    code = await _until_told(service, signals, serving)
-    server.should_exit = True
-    await serving
-    return code
-
-
-async def _until_told(service: Service, signals: asyncio.Queue[int], serving: asyncio.Task[None]) -> int:
-    """-> exit code, when nothing is left to wait for."""
-    told = asyncio.create_task(signals.get())
-    dead = asyncio.create_task(service.dead.wait())
-    await asyncio.wait({told, dead, serving}, return_when=asyncio.FIRST_COMPLETED)
-    code = 0
-    if told.done():
-        service.draining = True
-        logger.info("draining: %d requests run; again to abort them", len(service.load.live))
-        again = asyncio.create_task(signals.get())
-        drained = asyncio.create_task(service.drained())
-        timeout = service.config.drain_timeout
-        await asyncio.wait({again, drained, dead}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if again.done():
-            code = 128 + again.result()
-        if service.load.live:
-            logger.warning("%d requests are aborted", len(service.load.live))
-            await service.abort_all()
-            await asyncio.wait({drained, dead}, timeout=LINGER, return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()
-        drained.cancel()
-    if dead.done():
-        logger.error("the engine has died")
-        code = 1
-    told.cancel()
-    dead.cancel()
-    return code
-
-
 def url(listener: socket.socket) -> str:
     """Where clients of this machine find it."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket from which the numbers of signals can be read. After it they are ignored: this process is ending."""
+    read, write = socket.socketpair()
+    write.setblocking(False)
+    with read, write:
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        before = signal.set_wakeup_fd(write.fileno())
+        try:
+            yield read
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            signal.set_wakeup_fd(before)
+
+
+class Supervisor:
+    """Starts fronts, one at a time. `told`: see `_signals`."""
+
+    def __init__(
+        self, listener: socket.socket, told: socket.socket, config: ServerConfig, engine: Mapping[str, Any]
+    ) -> None:
+        self._listener, self._told, self._config, self._engine = listener, told, config, engine
+        self._restarts = Restarts(config.max_restarts)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._num_signals = 0
+        self._code: int | None = None  # to exit with, once the front has ended
+        self._served = False  # ever
+        self._serving_since: float | None = None  # this front
+        self._cause = ""  # of the front's end, as it said itself
+
+    def run(self) -> int:
+        """-> exit code, as `flover.server.serve.run`."""
+        while True:
+            self._front()
+            if self._code is not None:
+                return self._code
+            since = self._serving_since
+            delay = self._restarts.failed(0.0 if since is None else time.monotonic() - since)
+            if delay is None:
+                print(
+                    f"flover: error: given up after {self._config.max_restarts} restarts: {self._cause}",
+                    file=sys.stderr,
+                )
+                return 1
+            logger.warning("the front has ended (%s); it is started again in %g s", self._cause, delay)
+            self._pause(delay)
+            if self._code is not None:
+                return self._code
+
+    def _front(self) -> None:
+        """One front, from its start to its end."""
+        mine, theirs = socket.socketpair()
+        with theirs:
+            fds = (self._listener.fileno(), theirs.fileno())
+            command = [sys.executable, "-m", "flover.server.front", *map(str, fds), str(os.getpid())]
+            self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._connection = Connection(mine, FromFront)
+        self._serving_since, self._cause = None, ""
+        with contextlib.suppress(OSError):  # it has ended, which the loop will see
+            self._connection.send(Setup(self._config, dict(self._engine), sys.stderr.isatty()))
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._told, selectors.EVENT_READ)
+            selector.register(mine, selectors.EVENT_READ)
+            ended = False
+            while not ended:
+                for key, _ in selector.select():
+                    if key.fileobj is self._told:
+                        self._take_signals()
+                    else:
+                        ended = self._take_messages() or ended
+        mine.close()
+        try:
+            code = self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._cause = self._cause or ending(code)
+        self._process = self._connection = None
+
+    def _take_messages(self) -> bool:
+        """-> whether the front is at its end.
+
+        Raises:
+            ValueError: the first front cannot start.
+        """
+        assert self._connection is not None
+        assert self._process is not None
+        try:
+            for message in self._connection.receive():
+                if isinstance(message, Serving):
+                    if not self._served:
+                        print(f"Flover serves {message.model} at {url(self._listener)}", flush=True)
+                    self._served, self._serving_since = True, time.monotonic()
+                elif isinstance(message, Leaving):
+                    self._code, self._num_signals = 0, max(self._num_signals, 1)
+                elif isinstance(message, Failed):
+                    self._cause = message.message
+                    if not self._served and self._code is None:
+                        self._process.wait()
+                        raise ValueError(message.message)
+                    if message.final and self._code is None:
+                        print(f"flover: error: {message.message}", file=sys.stderr)
+                        self._code = 1
+        except EOFError:
+            return True
+        return False
+
+    def _take_signals(self) -> None:
+        for number in self._told.recv(64):
+            self._num_signals += 1
+            if self._process is None or self._serving_since is None or self._num_signals > 2:
+                self._code = 128 + number
+                if self._process is not None:
+                    self._process.kill()
+                continue
+            second = self._num_signals == 2
+            # a second SIGTERM is an order too, and it was obeyed; a second Ctrl-C cuts short
+            self._code = 128 + number if second and number == signal.SIGINT else 0
+            assert self._connection is not None
+            with contextlib.suppress(OSError):
+                self._connection.send(Abort() if second else Drain())
+
+    def _pause(self, seconds: float) -> None:
+        """Until they are over, or a signal comes."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._told, selectors.EVENT_READ)
+            if selector.select(seconds):
+                self._take_signals()

@@ -5,58 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from flover.async_llm import AsyncLLM, Stream
 from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
 from flover.metrics import StepStats
 from flover.request import RequestOutput
+from flover.server.config import ServerConfig
 from flover.server.errors import ApiError, draining, engine_dead
 from flover.server.load import Load
 from flover.server.metrics import Metrics
 
 
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """What a user may set about the server.
-
-    Args:
-        host, port: where it listens; port 0 is any free one.
-        served_model_names: what clients call the model; none is the name it was loaded by. The first is the answer's.
-        api_keys: any of them is let in; none lets everyone in.
-        max_body_bytes: of a request. body_timeout: seconds for it to arrive.
-        max_queued_requests, max_queued_tokens: that may wait for a place in the batch; more is a 429.
-        drain_timeout: seconds that running requests have after SIGTERM.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_names: Sequence[str] = ()
-    api_keys: Sequence[str] = field(default=(), repr=False)
-    max_body_bytes: int = 8 << 20
-    body_timeout: float = 30.0
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 1 << 20
-    drain_timeout: float = 30.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port must be in [0, 65535], got {self.port}")
-        for name in ("max_body_bytes", "max_queued_requests", "max_queued_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("body_timeout", "drain_timeout"):
-            if not 0 <= getattr(self, name) < 1e9:
-                raise ValueError(f"{name} must be a number of seconds, got {getattr(self, name)}")
-        if not all(key.strip() for key in self.api_keys):
-            raise ValueError("an API key is empty")
-        if not all(name.strip() for name in self.served_model_names):
-            raise ValueError("a served model name is empty")
-
-
 class Service:
-    """Made before the event loop runs, used only on it. `dead` is set when the engine has died."""
+    """Made before the event loop runs, used only on it. `dead` is set while there is no engine; `death` says why.
+
+    num_events: additions and steps so far. stalled: the engine has work and makes no step.
+    """
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
         self.llm, self.config = llm, config
@@ -69,8 +34,10 @@ class Service:
         self.metrics = Metrics(self.load, kv.num_blocks * kv.block_size * kv.bytes_per_token, self.model_names[0])
         self.completion_params = llm.get_default_sampling_params()
         self.chat_params = llm.get_default_chat_params()
-        self.draining = False
+        self.draining = self.stalled = False
         self.dead = asyncio.Event()
+        self.death = ""
+        self.num_events = 0
         llm.observer = self
 
     def open(self, prepared: Sequence[Prepared]) -> Stream:
@@ -106,7 +73,16 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests are taken in and answered."""
-        return self.llm.is_running and not self.draining
+        return self.state == "ready"
+
+    @property
+    def state(self) -> str:
+        """ready, or why not: draining, engine dead, engine stalled."""
+        if self.draining:
+            return "draining"
+        if not self.llm.is_running:
+            return "engine dead"
+        return "engine stalled" if self.stalled else "ready"
 
     def check_model(self, name: str | None) -> str:
         """-> the name to answer with; ApiError 404 for a model that is not here. None is the one that is."""
@@ -130,11 +106,20 @@ class Service:
     # ---- as the engine's observer ------------------------------------------------------------------------------------
 
     def added(self, prepared: Prepared) -> None:
+        self.num_events += not self.load.live  # work begins now; what comes later is no progress
         self.metrics.added(prepared)
 
     def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
+        self.num_events += 1
         self.metrics.stepped(outputs, stats)
 
     def died(self, error: Exception) -> None:
         self.metrics.died(error)
+        self.death = str(error)
         self.dead.set()
+
+    def revived(self) -> None:
+        """A new engine runs."""
+        resolved = self.llm.engine.core.resolved
+        self.metrics.restarted(resolved.kv.num_blocks * resolved.kv.block_size * resolved.kv.bytes_per_token)
+        self.dead.clear()

@@ -1,0 +1,187 @@
+"""The front: HTTP over an `AsyncLLM`, in a process of its own: `python -m flover.server.front LISTENER CHANNEL PARENT`.
+
+It listens once the model is loaded, keeps its engine alive (one that dies or hangs is started again, with growing
+delays), drains when the supervisor says so, and ends with the supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import uvicorn
+
+from flover.async_llm import AsyncLLM
+from flover.engine.remote import EngineDeadError
+from flover.engine.wire import Connection
+from flover.lifeline import end_soon, end_with_parent
+from flover.server.app import make_app
+from flover.server.control import Abort, Drain, Failed, Serving, Setup, ToFront
+from flover.server.http import HttpProtocol
+from flover.server.restarts import Restarts
+from flover.server.service import Service
+from flover.server.watchdog import Watchdog
+
+LINGER = 2.0  # seconds for last answers to reach their clients
+TICK = 0.25  # seconds between looks at the engine
+logger = logging.getLogger("flover")
+
+
+class Supervised:
+    """The channel to the supervisor. `heard` is called with its messages, on a thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._connection = Connection(socket.socket(fileno=fd), ToFront)
+        self.heard: Callable[[Any], object] = lambda message: None
+        self.setup: Setup = next(iter(self._connection.receive()))
+        threading.Thread(target=self._read, daemon=True, name="flover-supervisor").start()
+
+    def say(self, message: Any) -> None:
+        with contextlib.suppress(OSError):  # it is gone, and so are we soon
+            self._connection.send(message)
+
+    def _read(self) -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                for message in self._connection.receive():
+                    self.heard(message)
+        end_soon()
+        self.heard(Abort())
+
+
+def main(listener_fd: int, channel_fd: int, parent: int) -> int:
+    """-> exit code: 0 when it was told to end."""
+    end_with_parent(parent)
+    supervisor = Supervised(channel_fd)
+    setup = supervisor.setup
+    if setup.verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("\x1b[2m%(message)s\x1b[0m"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    with socket.socket(fileno=listener_fd) as listener:
+        try:
+            llm = AsyncLLM(**setup.engine)
+        except (ValueError, EngineDeadError) as error:
+            supervisor.say(Failed(str(error), final=False))
+            return 2
+        logger.info("memory: %s", llm.engine.core.resolved.memory)
+        try:
+            return asyncio.run(_serve(Service(llm, setup.config), listener, supervisor))
+        finally:
+            llm.shutdown()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but signals are the supervisor's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def http_server(app: Any) -> _Server:
+    """uvicorn over an application, with our protocol and nothing of its own."""
+    settings = uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=int(LINGER),
+    )
+    return _Server(settings)
+
+
+async def _serve(service: Service, listener: socket.socket, supervisor: Supervised) -> int:
+    service.llm.attach()
+    told: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    supervisor.heard = lambda message: loop.call_soon_threadsafe(told.put_nowait, message)
+    server = http_server(make_app(service))
+    serving = asyncio.create_task(server.serve([listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    supervisor.say(Serving(service.model_names[0]))
+    keeper = asyncio.create_task(_keep_engine(service))
+    watch = asyncio.create_task(_watch(service))
+    end = asyncio.create_task(_until_told(service, told))
+    await asyncio.wait({end, keeper, serving}, return_when=asyncio.FIRST_COMPLETED)
+    code = 0
+    if keeper.done() and not end.done():
+        cause = keeper.result()
+        logger.error("%s", cause)
+        supervisor.say(Failed(cause, final=True))
+        code = 1
+    for task in (end, keeper, watch):
+        task.cancel()
+    await asyncio.gather(end, keeper, watch, return_exceptions=True)
+    server.should_exit = True
+    await serving
+    return code
+
+
+async def _until_told(service: Service, told: asyncio.Queue[Any]) -> None:
+    """Wait for the order to end, and obey it."""
+    first = await told.get()
+    service.draining = True
+    logger.info("draining: %d requests run; again to abort them", len(service.load.live))
+    drained = asyncio.create_task(service.drained())
+    if isinstance(first, Drain):
+        again = asyncio.create_task(told.get())
+        timeout = service.config.drain_timeout
+        await asyncio.wait({again, drained}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()
+    if service.load.live:
+        logger.warning("%d requests are aborted", len(service.load.live))
+        await service.abort_all()
+        await asyncio.wait({drained}, timeout=LINGER)
+    drained.cancel()
+
+
+async def _keep_engine(service: Service) -> str:
+    """Start the engine again when it has died; -> why it is given up."""
+    restarts, since = Restarts(service.config.max_restarts), time.monotonic()
+    while True:
+        await service.dead.wait()
+        cause = service.death
+        delay = restarts.failed(time.monotonic() - since)
+        while delay is not None:
+            logger.warning("the engine has died (%s); it is started again in %g s", cause, delay)
+            await asyncio.sleep(delay)
+            try:
+                await service.llm.restart()
+                break
+            except (ValueError, EngineDeadError) as error:
+                cause, delay = str(error), restarts.failed(0.0)
+        if delay is None:
+            return f"the engine died {restarts.num_failures} times in a row and is given up: {cause}"
+        service.revived()
+        since = time.monotonic()
+
+
+async def _watch(service: Service) -> None:
+    """Look whether the engine makes progress; end one that does not."""
+    watchdog, limit = Watchdog(), service.config.engine_iteration_timeout
+    while True:
+        has_work = bool(service.load.live) and not service.dead.is_set()
+        watchdog.tick(time.monotonic(), has_work, service.num_events)
+        service.stalled = watchdog.stalled >= limit / 4 > 0
+        if watchdog.stalled >= limit > 0:
+            logger.error("the engine made no step for %g s: it is ended", limit)
+            await service.llm.end_engine()
+        await asyncio.sleep(TICK)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))
