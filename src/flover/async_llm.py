@@ -54,6 +54,7 @@ class Stream:
         self._engine = engine
         self._newest: dict[str, RequestOutput] = {}
         self._live: set[str] = set()
+        self.on_close: list[Callable[[], object]] = []
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
@@ -82,6 +83,8 @@ class Stream:
 
     def close(self) -> None:
         """Abort what has not ended."""
+        while self.on_close:
+            self.on_close.pop()()
         for request_id in self._live:
             self._engine.abort(request_id)
         self._live.clear()
@@ -200,6 +203,15 @@ class AsyncLLM:
     def live_request_ids(self) -> list[str]:
         """Of prompts that have not finished."""
         return list(self._streams)
+
+    @property
+    def kv_blocks(self) -> tuple[int, int, int]:
+        """Of the KV cache, after the last step: free, cached (free, but their prefixes can be found), used."""
+        return self._core.blocks
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the prefixes that can be found; live requests go on."""
+        self._core.reset_cache()
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish_reason "abort". Unknown ids are ignored."""

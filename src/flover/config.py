@@ -159,7 +159,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_layout": ("paged", "slab"),
     "reorder": ("off", "move", "indirect"),
     "policy": ("fused", "serial", "static"),
-    "order": ("fcfs", "priority", "shortest"),
+    "order": ("fcfs", "priority", "shortest", "fair"),
     "prefill_mode": ("mixed", "separate", "overlap"),
     "device": ("auto", "cpu", "cuda"),
     "generation_config": ("auto", "none"),
@@ -188,7 +188,9 @@ class EngineConfig:
         gpu_memory_utilization: share of the memory free on the GPU that weights, steps and cache may take together.
         batch_invariant: every logit bit-equal alone and fused, at the price of padding.
         seed: of requests that bring none.
-        policy: "fused", or "serial" and "static" for comparison. order: who is admitted first.
+        policy: "fused", or "serial" and "static" for comparison.
+        order: who is admitted first; "fair": clients (API keys) share tokens, a priority is worth seconds of waiting.
+        itl_budget: milliseconds that a step with decode rows may take; prefill beside them is cut to it.
         prefill_mode: "mixed" (prefill chunks share a step with decode), "separate" (they alternate) or "overlap" (as
             mixed, but on a GPU the prefill of a step runs on a stream of its own, beside its decode).
         overlap_depth: plans made ahead of the result in flight (0 or 1).
@@ -218,6 +220,7 @@ class EngineConfig:
     seed: int = 0
     policy: str = "fused"
     order: str = "fcfs"
+    itl_budget: float | None = None
     prefill_mode: str = "mixed"
     overlap_depth: int = 1
     device: str = "auto"
@@ -250,6 +253,9 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {share!r}")
+        budget = self.itl_budget
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
+            raise ValueError(f"itl_budget must be a number of milliseconds above 0, got {budget!r}")
         if self.overlap_depth > 1:
             raise ValueError(f"overlap_depth must be 0 or 1, got {self.overlap_depth}")
         if self.seed >= 2**64:
@@ -283,6 +289,7 @@ class SchedulerConfig:
     order: str = "fcfs"
     prefill_mode: str = "mixed"
     record_timeline: bool = False
+    itl_budget: float | None = None
 
 
 class Hardware(NamedTuple):

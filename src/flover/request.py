@@ -273,6 +273,7 @@ class Request:
     prompt_logprobs: int = -1
     priority: int = 0
     cache_salt: str = ""
+    client: str = ""  # who asks, for fair sharing
     arrival_time: float = 0.0
     sibling: Request | None = None  # choice 0 of the same prompt, whose prompt blocks this one may share
     key: str = ""  # names the request to the KV allocator; unique for ever, unlike request_id

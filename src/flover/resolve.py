@@ -134,7 +134,16 @@ def resolve(
     return ResolvedConfig(
         effective,
         model,
-        SchedulerConfig(seqs, tokens, length, config.policy, config.order, config.prefill_mode, config.record_timeline),
+        SchedulerConfig(
+            seqs,
+            tokens,
+            length,
+            config.policy,
+            config.order,
+            config.prefill_mode,
+            config.record_timeline,
+            config.itl_budget,
+        ),
         KVConfig(
             config.kv_layout, config.reorder, block, blocks, cache_dtype, token_bytes, prefix, config.debug_poison
         ),

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -191,6 +193,43 @@ def test_a_killed_front_comes_back_on_the_same_socket() -> None:
         assert server.front != front
         server.process.terminate()
         assert server.process.wait(timeout=5) == 0
+
+
+def test_admin_verbs(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "admin.sock"
+
+    def admin(*arguments: str) -> tuple[int, Any]:
+        command = [sys.executable, "-m", "flover", "admin", *arguments, "--socket", str(path)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return result.returncode, json.loads(result.stdout) if result.stdout else result.stderr
+
+    assert "no server listens" in admin("status")[1]
+    with keyed("--admin-socket", str(path)) as server:
+        assert path.stat().st_mode & 0o777 == 0o600
+        longer = {**LONG, "max_tokens": 900, "n": 8}
+        with server.http.stream("POST", "/v1/completions", json=longer, headers={"X-Request-Id": "mine"}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            code, status = admin("status")
+            assert (code, status["state"]) == (0, "ready")
+            assert [one["label"] for one in status["live"].values()] == ["mine"]
+            assert admin("abort", "nobody")[0] == 1
+            assert admin("abort", "mine") == (0, {"aborted": list(status["live"])})
+            rest = events(lines)
+        assert json.loads(rest[-2])["error"]["code"] == "aborted"
+        assert server.metric("request_aborted_total") == 1
+        assert admin("status")[1]["kv_blocks"]["cached"] > 0
+        assert admin("reset-cache")[0] == 0
+        assert admin("status")[1]["kv_blocks"]["cached"] == 0
+        assert httpx.post(f"{server.url}/drain", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
+        with server.http.stream("POST", "/v1/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert admin("drain") == (0, {"draining": 1})
+            rest = events(lines)
+        assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(timeout=5) == 0
+    assert not path.exists()
 
 
 def test_no_process_outlives_the_supervisor() -> None:

@@ -59,11 +59,12 @@ def test_messages_survive_any_cut(messages: list[ToEngine], cuts: list[int]) -> 
 
 def test_a_request_comes_through_whole() -> None:
     sampling = RowSampling(seed=3, temperature=0.5, bad_words=((1, 2),), allowed_token_ids=(4,), logprobs=2)
-    first = Request("a", [1, 2], sampling, 7, frozenset({5}), frozenset({5}), 1, 2, "salt", 3.5)
+    first = Request("a", [1, 2], sampling, 7, frozenset({5}), frozenset({5}), 1, 2, "salt", "key", 3.5)
     second = Request("a#1", [1, 2], sampling, 7, sibling=first)
     back = NewRequest.of(first).request(None)
     for name in ("request_id", "token_ids", "sampling", "max_output_tokens", "stop_token_ids", "eos_token_ids"):
         assert getattr(back, name) == getattr(first, name)
-    assert (back.prompt_logprobs, back.priority, back.cache_salt, back.arrival_time) == (1, 2, "salt", 3.5)
+    assert (back.prompt_logprobs, back.priority, back.cache_salt) == (1, 2, "salt")
+    assert (back.client, back.arrival_time) == ("key", 3.5)
     assert back.logprobs == []
     assert NewRequest.of(second).sibling == "a"

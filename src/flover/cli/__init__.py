@@ -1,4 +1,4 @@
-"""The command line: `flover generate | chat | serve | plan | profile | bench | doctor`.
+"""The command line: `flover generate | chat | serve | admin | plan | profile | bench | doctor`.
 
 Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
 by commands that need it.
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 import flover
-from flover.cli import bench
+from flover.cli import admin, bench
 from flover.cli.options import with_options
 from flover.config import EngineConfig
 from flover.request import SamplingParams
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench.app, name="bench")
+app.add_typer(admin.app, name="admin")
 
 
 def _version(wanted: bool) -> None:
@@ -87,7 +88,14 @@ def serve(
     max_queued_tokens: Annotated[int, typer.Option(help="prompt tokens that may wait; more is a 429")] = 1 << 20,
     max_body_bytes: Annotated[int, typer.Option(help="of a request; more is a 413")] = 8 << 20,
     body_timeout: Annotated[float, typer.Option(help="seconds for a request to arrive")] = 30.0,
+    queue_timeout: Annotated[float | None, typer.Option(help="seconds to the first token; more is a 503")] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="seconds to the last token; more is a 504")] = None,
     drain_timeout: Annotated[float, typer.Option(help="seconds that requests have to finish after SIGTERM")] = 30.0,
+    metrics_compat: Annotated[str, typer.Option(metavar="flover|vllm", help="prefix of the metrics")] = "flover",
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="a line of JSON at the end of each")] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="with its prompt")] = False,
+    otlp_traces_endpoint: Annotated[str | None, typer.Option(help="URL that gets a span of each request")] = None,
+    admin_socket: Annotated[str, typer.Option(help="path of `flover admin`'s socket, or none")] = "",
     max_restarts: Annotated[int, typer.Option(help="of a dying engine or front, in a row")] = 5,
     engine_iteration_timeout: Annotated[float, typer.Option(help="seconds without a step until a restart")] = 60.0,
     engine: dict[str, Any],
@@ -103,7 +111,14 @@ def serve(
         "max_queued_tokens": max_queued_tokens,
         "max_body_bytes": max_body_bytes,
         "body_timeout": body_timeout,
+        "queue_timeout": queue_timeout,
+        "request_timeout": request_timeout,
         "drain_timeout": drain_timeout,
+        "metrics_compat": metrics_compat,
+        "log_requests": log_requests or log_prompts,
+        "log_prompts": log_prompts,
+        "otlp_traces_endpoint": otlp_traces_endpoint,
+        "admin_socket": admin_socket,
         "max_restarts": max_restarts,
         "engine_iteration_timeout": engine_iteration_timeout,
     }

@@ -70,6 +70,7 @@ HELP = {
     "batch_invariant": "every logit bit-equal alone and fused, at a price",
     "seed": "of prompts that bring none",
     "order": "who is admitted first",
+    "itl_budget": "milliseconds that a step with decode rows may take",
     "prefill_mode": "prefill shares steps with decode, alternates with it, or runs beside it",
     "overlap_depth": "plans made ahead: 0 or 1",
     "generation_config": "auto: the checkpoint's sampling defaults; none: not",

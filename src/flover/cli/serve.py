@@ -19,9 +19,13 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
     from flover.server.config import ServerConfig
     from flover.server.serve import run
 
+    if server["otlp_traces_endpoint"]:
+        from flover.server.tracing import check_tracing
+
+        check_tracing()
     given = os.environ.pop(KEYS, "")  # the engine's process has no use for it
     keys = [*api_keys, *(given.split(",") if given else ())]
-    options = dict(engine)
+    options = {"order": "fair", **engine}
     if model is not None:
         if "model" in options:
             raise ValueError(f"give the model once, got {model!r} and --model {options['model']!r}")

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 
 from flover.request import Request
 
+PRIORITY_SECONDS = 10.0  # of waiting that one step of priority is worth under order "fair": priorities age
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """name: fused, serial or static. order: fcfs, priority (lower first) or shortest (prompt + output limit)."""
+    """name: fused, serial or static.
+
+    order: fcfs, priority (lower first), shortest (prompt + output limit) or fair (clients share, see `queue`).
+    """
 
     name: str = "fused"
     order: str = "fcfs"
@@ -31,8 +36,10 @@ class Policy:
         """Whether finished rows stay, and compute, until the whole batch is done."""
         return self.name == "static"
 
-    def key(self, request: Request) -> int:
+    def key(self, request: Request) -> float:
         """Waiting requests are taken by (key, arrival)."""
+        if self.order == "fair":
+            return request.arrival_time + PRIORITY_SECONDS * request.priority
         if self.order == "priority":
             return request.priority
         if self.order == "shortest":

@@ -16,7 +16,18 @@ from typing import Any
 
 from flover.engine.engine import EngineCore
 from flover.engine.step import StepOutput
-from flover.engine.wire import Connection, Ended, Failed, Finish, NewRequest, Ready, Start, Stepped, ToEngine
+from flover.engine.wire import (
+    Connection,
+    Ended,
+    Failed,
+    Finish,
+    NewRequest,
+    Ready,
+    ResetCache,
+    Start,
+    Stepped,
+    ToEngine,
+)
 from flover.lifeline import end_soon, end_with_parent
 from flover.request import FinishReason
 
@@ -38,10 +49,17 @@ class EngineProcess:
                 if message is None:
                     return
                 self._take(message)
-            self._connection.send(_stepped(core.step()))
+            self._report(core.step())
 
-    def _take(self, message: NewRequest | Finish) -> None:
-        if isinstance(message, Finish):
+    def _report(self, output: StepOutput) -> None:
+        kv = self._core.scheduler.kv
+        self._connection.send(_stepped(output, (kv.num_free_blocks, kv.num_cached_blocks, kv.num_used_blocks)))
+
+    def _take(self, message: NewRequest | Finish | ResetCache) -> None:
+        if isinstance(message, ResetCache):
+            self._core.scheduler.kv.reset_cache()
+            self._report(StepOutput())
+        elif isinstance(message, Finish):
             self._core.finish(message.request_id, message.reason, message.stop_reason)
         else:
             sibling = self._core.scheduler.requests.get(message.sibling) if message.sibling else None
@@ -50,10 +68,10 @@ class EngineProcess:
                 self._core.add(request)
             except ValueError as error:  # the front has checked; were it wrong, one request must not end the others
                 request.finish_reason, request.error = FinishReason.ERROR, str(error)
-                self._connection.send(_stepped(StepOutput(finished=[request])))
+                self._report(StepOutput(finished=[request]))
 
 
-def _stepped(output: StepOutput) -> Stepped:
+def _stepped(output: StepOutput, blocks: tuple[int, int, int]) -> Stepped:
     first, logprobs, prompt_logprobs = {}, {}, {}
     for i, request in enumerate(output.requests):
         if request.logprobs:
@@ -70,6 +88,7 @@ def _stepped(output: StepOutput) -> Stepped:
         logprobs,
         prompt_logprobs,
         output.stats,
+        blocks,
     )
 
 

@@ -20,7 +20,19 @@ from typing import Any
 from flover.config import EngineConfig, ResolvedConfig
 from flover.engine.scheduler import check_size
 from flover.engine.step import StepOutput
-from flover.engine.wire import Connection, Ended, Failed, Finish, FromEngine, NewRequest, Outbox, Ready, Start, Stepped
+from flover.engine.wire import (
+    Connection,
+    Ended,
+    Failed,
+    Finish,
+    FromEngine,
+    NewRequest,
+    Outbox,
+    Ready,
+    ResetCache,
+    Start,
+    Stepped,
+)
 from flover.request import FinishReason, Request, RequestStatus
 from flover.startup import StartupTimes
 
@@ -58,6 +70,7 @@ class RemoteCore:
         self._outbox = Outbox(self._connection)
         self._messages: deque[Any] = deque()
         self._requests: dict[str, Request] = {}  # until the engine has reported their end
+        self.blocks = (0, 0, 0)  # of the KV cache: free, cached, used
         self.clock = time.monotonic
         self._send(Start(config))
 
@@ -71,6 +84,7 @@ class RemoteCore:
             raise ValueError(ready.message)
         assert isinstance(ready, Ready)
         self.folder, self.resolved = Path(ready.folder), ready.resolved
+        self.blocks = (self.resolved.kv.num_blocks, 0, 0)
         self.startup_times = StartupTimes()
         self.startup_times.seconds, self.startup_times.nbytes = ready.seconds, ready.nbytes
 
@@ -97,6 +111,10 @@ class RemoteCore:
         request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
         request.finish_time = request.last_token_time = self.clock()
         self._send(Finish(request_id, reason, stop_reason))
+
+    def reset_cache(self) -> None:
+        """Forget the prefixes that can be found; live requests go on."""
+        self._send(ResetCache())
 
     def has_unfinished(self) -> bool:
         return bool(self._requests)
@@ -166,7 +184,7 @@ class RemoteCore:
             self._outbox.send(message)
 
     def _take_in(self, message: Stepped) -> StepOutput:
-        output = StepOutput(stats=message.stats)
+        output, self.blocks = StepOutput(stats=message.stats), message.blocks
         for i, (request_id, token) in enumerate(zip(message.request_ids, message.token_ids)):
             request = self._requests[request_id]
             if request.finished:

@@ -25,12 +25,13 @@ class RowTable:
     edge: IntArray  # where the row must be looked at again: its blocks are full, or its limit is reached
     arrival: IntArray
     dead: IntArray
+    client: IntArray  # whose request it is, for fair sharing
     stop_ids: IntArray  # [most stop ids of any row, rows], -1: none
 
     def __init__(self, max_rows: int) -> None:
         self.requests: list[Request] = []
         self.token_ids: list[list[int]] = []  # each request's own list, to append to
-        self._state = np.zeros((6, max_rows), dtype=np.int64)
+        self._state = np.zeros((7, max_rows), dtype=np.int64)
         self._stop_ids = np.full((1, max_rows), -1, dtype=np.int64)
         self._view()
 
@@ -40,15 +41,15 @@ class RowTable:
     def _view(self) -> None:
         """The arrays end where the rows do."""
         k = len(self.requests)
-        self.computed, self.prefill, self.limit, self.edge, self.arrival, self.dead = self._state[:, :k]
+        self.computed, self.prefill, self.limit, self.edge, self.arrival, self.dead, self.client = self._state[:, :k]
         self.stop_ids = self._stop_ids[:, :k]
 
-    def append(self, request: Request, *, computed: int, limit: int, capacity: int) -> None:
+    def append(self, request: Request, *, computed: int, limit: int, capacity: int, client: int = 0) -> None:
         """A request joins behind the last row."""
         row = request.row = len(self.requests)
         self.requests.append(request)
         self.token_ids.append(request.token_ids)
-        self._state[:, row] = computed, len(request.token_ids), limit, min(capacity, limit), request.arrival, 0
+        self._state[:, row] = computed, len(request.token_ids), limit, min(capacity, limit), request.arrival, 0, client
         ids = list(request.stop_token_ids)
         missing = len(ids) - self._stop_ids.shape[0]
         if missing > 0:

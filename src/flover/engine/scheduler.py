@@ -9,7 +9,6 @@ what such a row held is reused only by plans made after that became known.
 
 from __future__ import annotations
 
-import heapq
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
@@ -18,7 +17,9 @@ import numpy.typing as npt
 
 from flover.config import KVConfig, SchedulerConfig
 from flover.engine.batch import BatchPlan, IntArray, RowJoin, StepResult
+from flover.engine.cost import StepCost
 from flover.engine.policy import Policy
+from flover.engine.queue import WaitingQueue
 from flover.engine.rows import RowTable
 from flover.engine.step import Step, StepOutput, record_rows, take_in
 from flover.kv.protocol import Grant, KVLayout
@@ -81,7 +82,7 @@ class Scheduler:
         self.token_bytes, self.debug_poison = kv_config.bytes_per_token, kv_config.debug_poison
         self.requests: dict[str, Request] = {}  # live, by request_id
         self.table = RowTable(config.max_num_seqs)
-        self._waiting: list[tuple[int, int, Request]] = []  # heap of (policy key, arrival, request)
+        self._waiting = WaitingQueue(self.policy)
         self._departing: list[Request] = []  # rows whose request is over, or preempted
         self._complete: list[Request] = []  # rows whose every token is scheduled
         self._short: list[tuple[int, int, Request]] = []  # rows whose blocks are full: arrival, tokens computed
@@ -93,6 +94,8 @@ class Scheduler:
         self._last_was_prefill = False
         self._filling = False  # the last step that let requests join had no tokens for all who wait
         self._token_budget = config.max_num_batched_tokens
+        self.cost = StepCost(config.itl_budget / 1e3) if config.itl_budget is not None else None
+        self._last_end = 0.0  # of a step, on the clock
 
     # ---- the caller's side -------------------------------------------------------------------------------------------
 
@@ -108,7 +111,8 @@ class Scheduler:
         request.arrival, request.key = self._arrivals, str(self._arrivals)
         self._arrivals += 1
         self.requests[request.request_id] = request
-        self._enqueue(request)
+        self.num_waiting += 1
+        self._waiting.push(request)
 
     def check(self, request: Request) -> None:
         """See `check_size`."""
@@ -277,7 +281,9 @@ class Scheduler:
         budget = self._token_budget
         if self.config.prefill_mode != "separate":
             budget -= len(self.table) - under_way.size
-        budget = max(budget, min(self.kv.block_size, 16))
+        if self.cost is not None and len(self.table) > under_way.size:
+            budget = min(budget, self.cost.prefill_tokens(len(self.table) - under_way.size))
+        budget = max(budget, min(self.kv.block_size, 16))  # decode never starves prefill
         chunks: dict[int, int] = {}
         for row in under_way[np.argsort(self.table.arrival[under_way])].tolist() if under_way.size else ():
             chunk = min(int(self.table.prefill[row] - self.table.computed[row]), budget)
@@ -285,20 +291,18 @@ class Scheduler:
                 chunks[row] = chunk
                 budget -= chunk
         joins: list[RowJoin] = []
-        skipped: list[tuple[int, int, Request]] = []
+        skipped: list[Request] = []
         places = self._places()
         while self._waiting and places > 0 and budget > 0:
-            entry = heapq.heappop(self._waiting)
-            request = entry[2]
-            if request.finished:
-                continue
-            if not self._ready(request):
-                skipped.append(entry)
-                continue
-            grant = self._place(request)
-            if grant is None:
-                skipped.append(entry)
+            request = self._waiting.pop()
+            if request is None:
                 break
+            grant = self._place(request) if self._ready(request) else None
+            if grant is None:
+                skipped.append(request)
+                if self._ready(request):
+                    break
+                continue
             joins.append(self._join(request, grant, tables))
             moves.extend((copy.src, copy.dst, copy.num_tokens) for copy in grant.copies)
             chunk = min(len(request.token_ids) - grant.num_cached_tokens, budget)
@@ -306,8 +310,8 @@ class Scheduler:
             places -= 1
             chunks[request.row] = chunk
         self._filling = budget <= 0 < places and bool(self._waiting)
-        for entry in skipped:
-            heapq.heappush(self._waiting, entry)
+        for request in skipped:
+            self._waiting.put_back(request)
         return chunks, joins
 
     def _prefill_ids(self, chunks: dict[int, int]) -> tuple[list[int], list[tuple[int, int, int, list[int]]]]:
@@ -355,10 +359,12 @@ class Scheduler:
         if request.status is RequestStatus.WAITING:
             request.num_cached_tokens = grant.num_cached_tokens
             request.first_scheduled_time = self.clock()
+            self._waiting.charge_prompt(request)
         request.status = RequestStatus.RUNNING
         self.num_waiting -= 1
         cached, known = grant.num_cached_tokens, len(request.token_ids)
-        self.table.append(request, computed=cached, limit=max_computed(request), capacity=grant.capacity)
+        client = self._waiting.number(request)
+        self.table.append(request, computed=cached, limit=max_computed(request), capacity=grant.capacity, client=client)
         tables.append((request, grant.start, grant.block_ids))
         prompt = request.num_prompt_tokens
         history = (request.token_ids[:prompt], request.token_ids[prompt:]) if request.sampling.needs_history else None
@@ -383,6 +389,9 @@ class Scheduler:
         if num_dead:
             advanced = scheduled * (dead == 0)
             num_advanced = int(advanced.sum())
+        if self._waiting.shares:
+            decoded = advanced * (computed >= prefill)
+            self._waiting.charge_outputs(np.bincount(table.client, weights=decoded).tolist())
         computed += advanced
         edge = (computed >= table.edge).nonzero()[0]
         last: list[int] = []
@@ -432,6 +441,10 @@ class Scheduler:
         A request that ended while this step was in flight (EOS in the step before, an abort) has its token dropped.
         """
         now = step.stats.end = self.clock()
+        if self.cost is not None:
+            stats = step.stats  # planned ahead, it began when the one before it ended
+            self.cost.observe(stats.num_decode_tokens, stats.num_prefill_tokens, now - max(stats.start, self._last_end))
+            self._last_end = now
         for request in step.first:
             if not request.num_output_tokens:
                 request.first_token_time = now
@@ -492,13 +505,10 @@ class Scheduler:
 
     # ---- small things ------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, request: Request) -> None:
-        self.num_waiting += 1
-        heapq.heappush(self._waiting, (self.policy.key(request), request.arrival, request))
-
     def _requeue(self, request: Request) -> None:
         """Back to the queue, at its place of arrival, to be computed anew from its known tokens."""
         request.status = RequestStatus.PREEMPTED
         if len(request.prompt_logprob_list or ()) < request.num_prompt_tokens:
             request.prompt_logprob_list = None  # scored in part: the recomputation scores them all
-        self._enqueue(request)
+        self.num_waiting += 1
+        self._waiting.put_back(request)

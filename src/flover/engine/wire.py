@@ -42,6 +42,7 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
     prompt_logprobs: int
     priority: int
     cache_salt: str
+    client: str
     arrival_time: float
     sibling: str | None
 
@@ -57,6 +58,7 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             request.prompt_logprobs,
             request.priority,
             request.cache_salt,
+            request.client,
             request.arrival_time,
             None if request.sibling is None else request.sibling.request_id,
         )
@@ -73,6 +75,7 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             self.prompt_logprobs,
             self.priority,
             self.cache_salt,
+            self.client,
             self.arrival_time,
             sibling,
             logprobs=[] if self.sampling.logprobs >= 0 else None,
@@ -85,6 +88,10 @@ class Finish(msgspec.Struct, array_like=True, tag="finish"):
     request_id: str
     reason: FinishReason
     stop_reason: int | str | None = None
+
+
+class ResetCache(msgspec.Struct, array_like=True, tag="reset"):
+    """Forget the prefixes that can be found; live requests go on."""
 
 
 class Ready(msgspec.Struct, array_like=True, tag="ready"):
@@ -136,9 +143,10 @@ class Stepped(msgspec.Struct, array_like=True, tag="stepped"):
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: dict[int, list[TokenLogprobs | None]]
     stats: StepStats | None
+    blocks: tuple[int, int, int]  # of the KV cache, afterwards: free, cached, used
 
 
-ToEngine: TypeAlias = Start | NewRequest | Finish
+ToEngine: TypeAlias = Start | NewRequest | Finish | ResetCache
 FromEngine: TypeAlias = Ready | Failed | Stepped
 
 

@@ -39,6 +39,10 @@ class Completion:
         """The answer, once all has ended; ApiError if part of it failed."""
         async for output in outputs:
             self._take(output)
+        return self.so_far()
+
+    def so_far(self) -> Answer:
+        """The answer, or what there is of it: choices that have not ended have no finish_reason."""
         choices = [
             self._choice(output, choice, self._index(prompt, choice))
             for prompt, output in sorted(self._newest.items())

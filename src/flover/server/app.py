@@ -29,7 +29,7 @@ from flover.server.protocol import (
     TokenizeRequest,
     decode,
 )
-from flover.server.service import Service
+from flover.server.service import Asked, Service
 from flover.server.sse import send_events, until_disconnect
 
 T = TypeVar("T")
@@ -99,13 +99,19 @@ class Generation:
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
         ]
-        stream = service.open(prepared)
+        state = scope.get("state", {})
+        asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
+        stream = service.open(prepared, asked)
         try:
             outputs = _outputs(stream)
             if request.stream:
                 await send_events(send, answer.events(outputs))
             else:
                 await _json(await answer.whole(outputs))(scope, receive, send)
+        except ApiError as error:
+            if error.status == 504:
+                error.partial = answer.so_far()
+            raise
         finally:
             stream.close()
 

@@ -16,7 +16,10 @@ SERVER = "server_error"
 
 
 class ApiError(Exception):
-    """What a client is told: an HTTP status and the fields of OpenAI's error object."""
+    """What a client is told: an HTTP status and the fields of OpenAI's error object.
+
+    partial: an answer that was cut off, given beside the error.
+    """
 
     def __init__(
         self,
@@ -27,14 +30,16 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        partial: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.kind, self.param, self.code = status, kind, param, code
-        self.message, self.headers = " ".join(message.split()), headers
+        self.message, self.headers, self.partial = " ".join(message.split()), headers, partial
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error} if self.partial is None else {"error": error, "partial": self.partial}
 
     def response(self) -> Response:
         headers = dict(self.headers or {})
@@ -61,6 +66,13 @@ def engine_dead() -> ApiError:
 
 def draining() -> ApiError:
     return ApiError(503, "the server is shutting down", kind=SERVER, code="draining", headers={"Connection": "close"})
+
+
+def deadline(queued: bool, seconds: float, retry_after: str) -> ApiError:
+    """A request that took too long: 503 in the queue, where another try may fare better, 504 while it ran."""
+    what = f"no token came within {seconds:g} seconds" if queued else f"not finished within {seconds:g} seconds"
+    headers = {"Retry-After": retry_after} if queued else None
+    return ApiError(503 if queued else 504, what, kind=SERVER, code="deadline_exceeded", headers=headers)
 
 
 def internal(error: Exception) -> ApiError:

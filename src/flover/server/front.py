@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -22,11 +23,14 @@ from flover.async_llm import AsyncLLM
 from flover.engine.remote import EngineDeadError
 from flover.engine.wire import Connection
 from flover.lifeline import end_soon, end_with_parent
+from flover.server.admin import bind_admin, make_admin
 from flover.server.app import make_app
-from flover.server.control import Abort, Drain, Failed, Serving, Setup, ToFront
+from flover.server.control import Abort, Drain, Failed, Leaving, Serving, Setup, ToFront
 from flover.server.http import HttpProtocol
+from flover.server.records import RequestLog
 from flover.server.restarts import Restarts
 from flover.server.service import Service
+from flover.server.tracing import Tracing
 from flover.server.watchdog import Watchdog
 
 LINGER = 2.0  # seconds for last answers to reach their clients
@@ -82,6 +86,8 @@ def main(listener_fd: int, channel_fd: int, parent: int) -> int:
 class _Server(uvicorn.Server):
     """uvicorn, but signals are the supervisor's."""
 
+    task: asyncio.Task[None] | None = None
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
@@ -110,6 +116,8 @@ async def _serve(service: Service, listener: socket.socket, supervisor: Supervis
     supervisor.heard = lambda message: loop.call_soon_threadsafe(told.put_nowait, message)
     server = http_server(make_app(service))
     serving = asyncio.create_task(server.serve([listener]))
+    closing = _listen(service)
+    admin = await _serve_admin(service, told, supervisor)
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     supervisor.say(Serving(service.model_names[0]))
@@ -128,7 +136,52 @@ async def _serve(service: Service, listener: socket.socket, supervisor: Supervis
     await asyncio.gather(end, keeper, watch, return_exceptions=True)
     server.should_exit = True
     await serving
+    if admin is not None and admin.task is not None:
+        admin.should_exit = True
+        await admin.task
+    for close in closing:
+        await asyncio.to_thread(close)
     return code
+
+
+def _listen(service: Service) -> list[Callable[[], None]]:
+    """Who is told of the end of each request; -> what closes them."""
+    config, closing = service.config, []
+    if config.log_requests:
+        log = RequestLog(config.log_prompts)
+        service.metrics.listeners.append(log)
+        closing.append(log.close)
+    if config.otlp_traces_endpoint:
+        tracing = Tracing(config.otlp_traces_endpoint)
+        service.metrics.listeners.append(tracing)
+        closing.append(tracing.close)
+    return closing
+
+
+async def _serve_admin(service: Service, told: asyncio.Queue[Any], supervisor: Supervised) -> _Server | None:
+    """The admin socket; a server does without where it cannot be made."""
+    path = service.config.admin_socket
+    if path in ("", "none"):
+        return None
+    try:
+        listener = bind_admin(Path(path))
+    except OSError as error:
+        logger.warning("no admin socket at %s: %s", path, error.strerror or error)
+        return None
+
+    def drain() -> None:
+        supervisor.say(Leaving())
+        told.put_nowait(Drain())
+
+    server = http_server(make_admin(service, drain))
+
+    async def serve() -> None:
+        with listener:
+            await server.serve([listener])
+            Path(path).unlink(missing_ok=True)
+
+    server.task = asyncio.create_task(serve())
+    return server
 
 
 async def _until_told(service: Service, told: asyncio.Queue[Any]) -> None:

@@ -1,11 +1,13 @@
 """uvicorn's HTTP/1.1 protocol (httptools) with what it lacks: limits on a head in bytes and seconds, errors as JSON.
 
+A client that stops reading is cut off, so that it holds no memory and no place in the batch for ever.
 What cannot be parsed, or takes too long or too much before it can be, is answered here and the connection closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from http import HTTPStatus
 
 import msgspec
@@ -14,6 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from flover.server.errors import ApiError
 
 MAX_HEAD_BYTES = 65_536  # request line and headers
+SEND_BUFFER = 128 << 10  # bytes in the kernel, beside asyncio's 64 KiB
+WRITE_SECONDS = 30.0  # for a client that lags to take what is buffered
 HEAD_SECONDS = 30.0  # from the first byte to the last
 
 
@@ -21,14 +25,29 @@ class HttpProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _in_head = True
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._late)
+        connection = transport.get_extra_info("socket")
+        if connection is not None:  # else the kernel would hold megabytes for a client that does not read
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read: it has `WRITE_SECONDS` to take what is buffered."""
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -60,6 +79,11 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _close_with(self, status: int, message: str) -> None:
         if self.cycle is None or self.cycle.response_complete:  # else an answer is under way, and this one would mix in

@@ -43,6 +43,9 @@ class Live:
     prompt_tokens: int
     num_tokens: int = 0  # generated so far, over all rows
     last: float = 0.0  # when the last of them came
+    choices: int = 1
+    label: str = ""  # X-Request-Id
+    why: str = "disconnect"  # it is withdrawn, should that happen
 
 
 class Load:
@@ -95,7 +98,7 @@ class Load:
             raise self._full(what, over_tokens, self._token_rate)
 
     def add(self, request_id: str, rows: int, tokens: int) -> None:
-        self.live[request_id] = Live(time.monotonic(), rows, tokens)
+        self.live[request_id] = Live(time.monotonic(), rows, tokens, choices=rows)
         self.rows += rows
         self.queued_tokens += tokens
 
@@ -122,7 +125,14 @@ class Load:
             self.stats = None
         return one
 
+    def retry_after(self, rows: float) -> str:
+        """Whole seconds in which so many rows will have started, at the rate of late."""
+        return _seconds(rows, self._row_rate)
+
     def _full(self, what: str, over: int, rate: Rate) -> ApiError:
-        seconds = min(math.ceil(over / max(rate.per_second(), 1e-3)), MAX_RETRY_AFTER)
-        headers = {"Retry-After": str(max(seconds, 1))}
+        headers = {"Retry-After": _seconds(over, rate)}
         return ApiError(429, f"the queue is full: {what}", kind="rate_limit_error", code="queue_full", headers=headers)
+
+
+def _seconds(amount: float, rate: Rate) -> str:
+    return str(max(1, min(math.ceil(amount / max(rate.per_second(), 1e-3)), MAX_RETRY_AFTER)))

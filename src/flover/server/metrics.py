@@ -1,68 +1,66 @@
 """Metrics: counted on the event loop in plain numbers, and turned into prometheus-client's families when scraped.
 
 A scrape is one look at one moment, so that accepted = finished + aborted + failed + live always holds, per prompt.
-Names follow vLLM's, with the prefix `flover:`.
+Names follow vLLM's, with the prefix `flover:`, or vLLM's own under --metrics-compat vllm.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from flover.engine.llm_engine import Prepared
 from flover.metrics import StepStats
 from flover.request import RequestOutput
-from flover.server.load import Load
+from flover.server.histogram import GAPS, LATENCY, TOKENS, Histogram
+from flover.server.load import Live, Load
+from flover.server.records import EndRecord, Listener
 
-LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-
-
-class Histogram:
-    """Seconds in buckets."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
-
-    def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._sum += seconds
-
-    def family(self, name: str, help: str) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(name, help)
-        total, buckets = 0, []
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts):
-            total += count
-            buckets.append((bound, total))
-        family.add_metric([], buckets, self._sum)
-        return family
+PREFIXES = {"flover": "flover:", "vllm": "vllm:"}  # --metrics-compat
 
 
 class Metrics(Collector):
     """An `AsyncLLM`'s observer. `load` is kept up to date by it.
 
     Args:
-        kv_bytes: size of the KV cache.
+        compat: whose names, a key of `PREFIXES`.
     """
 
-    def __init__(self, load: Load, kv_bytes: int, model: str) -> None:
+    def __init__(self, load: Load, model: str, compat: str = "flover") -> None:
         self.load = load
-        self._kv_bytes, self._model = kv_bytes, model
-        self.accepted = self.aborted = self.failed = 0
-        self.finished: Counter[str] = Counter({"stop": 0, "length": 0})  # by reason
-        self.rejected: Counter[str] = Counter({"queue_full": 0, "draining": 0})
-        self.prompt_tokens = self.generation_tokens = self.preemptions = self.restarts = 0
+        self._model, self._prefix = model, PREFIXES[compat]
+        self.accepted = 0
+        self.finished: Counter[str] = Counter({"stop": 0, "length": 0})  # by reason, as the three below
+        self.aborted_for: Counter[str] = Counter({"disconnect": 0, "deadline": 0, "admin": 0, "shutdown": 0})
+        self.failed_for: Counter[str] = Counter({"generation": 0, "engine_dead": 0})
+        self.rejected: Counter[str] = Counter({"queue_full": 0, "draining": 0, "engine_dead": 0})
+        self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.preemptions = self.restarts = 0
+        self.blocks = (0, 0, 0)  # of the KV cache: free, cached, used
+        self.listeners: list[Listener] = []
         self._stats: StepStats | None = None
-        self._ttft, self._e2e = Histogram(LATENCY), Histogram(LATENCY)
-        self._itl, self._step = Histogram(GAPS), Histogram(GAPS)
+        self._ttft, self._e2e, self._queue = Histogram(LATENCY), Histogram(LATENCY), Histogram(LATENCY)
+        self._prefill, self._decode, self._inference = Histogram(LATENCY), Histogram(LATENCY), Histogram(LATENCY)
+        self._itl, self._tpot, self._step = Histogram(GAPS), Histogram(GAPS), Histogram(GAPS)
+        self._prompt_lens, self._output_lens, self._step_tokens = (
+            Histogram(TOKENS),
+            Histogram(TOKENS),
+            Histogram(TOKENS),
+        )
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
+
+    @property
+    def aborted(self) -> int:
+        return sum(self.aborted_for.values())
+
+    @property
+    def failed(self) -> int:
+        return sum(self.failed_for.values())
 
     # ---- as an observer ----------------------------------------------------------------------------------------------
 
@@ -76,6 +74,7 @@ class Metrics(Collector):
             self.load.stepped(stats)
             if stats.end:
                 self._step.observe(stats.end - stats.start)
+                self._step_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
         now = time.monotonic()
         for output in outputs:
             one = self.load.live.get(output.request_id)
@@ -101,35 +100,79 @@ class Metrics(Collector):
                 self._end(output, now)
 
     def died(self, error: Exception) -> None:
+        now = time.monotonic()
+        self.blocks = (0, 0, 0)
         for request_id in list(self.load.live):
-            self.load.remove(request_id)
-            self.failed += 1
-
-    def restarted(self, kv_bytes: int) -> None:
-        """Another engine, with a KV cache of that size."""
-        self.restarts += 1
-        self._kv_bytes = kv_bytes
+            one = self.load.remove(request_id)
+            self.failed_for["engine_dead"] += 1
+            self._tell(one, now, None, request_id, "failed", "engine_dead")
 
     def _end(self, output: RequestOutput, now: float) -> None:
         one = self.load.remove(output.request_id)
         reasons = {choice.finish_reason for choice in output.outputs}
+        outcome, reason = "finished", "stop" if "stop" in reasons else "length"
         if "error" in reasons:
-            self.failed += 1
+            outcome, reason = "failed", "generation"
+            self.failed_for[reason] += 1
         elif "abort" in reasons:
-            self.aborted += 1
+            outcome, reason = "aborted", one.why
+            self.aborted_for[reason] += 1
         else:
-            self.finished["stop" if "stop" in reasons else "length"] += 1
-            self._e2e.observe(now - one.arrival)
+            self.finished[reason] += 1
+            self._observe_finished(output, now - one.arrival)
         if output.metrics is not None:
             self.preemptions += output.metrics.num_preemptions
+        self.cached_tokens += output.num_cached_tokens
+        self._tell(one, now, output, output.request_id, outcome, reason)
+
+    def _observe_finished(self, output: RequestOutput, e2e: float) -> None:
+        self._e2e.observe(e2e)
+        self._prompt_lens.observe(len(output.prompt_token_ids))
+        self._output_lens.observe(sum(len(choice.token_ids) for choice in output.outputs))
+        times = output.metrics
+        if times is not None:
+            self._queue.observe(times.first_scheduled_time - times.arrival_time)
+            self._prefill.observe(times.first_token_time - times.first_scheduled_time)
+            self._decode.observe(times.last_token_time - times.first_token_time)
+            self._inference.observe(times.last_token_time - times.first_scheduled_time)
+            if times.num_output_tokens > 1:
+                self._tpot.observe(times.tpot)
+
+    def _tell(
+        self, one: Live, now: float, output: RequestOutput | None, request_id: str, outcome: str, reason: str
+    ) -> None:
+        """An end to the listeners; `output` is what there is of it."""
+        if not self.listeners:
+            return
+        times = None if output is None else output.metrics
+        scheduled = times is not None and times.first_scheduled_time
+        started = times is not None and times.first_token_time
+        record = EndRecord(
+            request_id=request_id,
+            label=one.label,
+            outcome=outcome,
+            reason=reason,
+            arrival=time.time() - (now - one.arrival),
+            prompt_tokens=one.prompt_tokens,
+            cached_tokens=0 if output is None else output.num_cached_tokens,
+            output_tokens=one.num_tokens,
+            choices=one.choices,
+            preemptions=0 if times is None else times.num_preemptions,
+            queue=times.first_scheduled_time - times.arrival_time if times is not None and scheduled else None,
+            ttft=times.ttft if times is not None and started else None,
+            e2e=now - one.arrival,
+            error=next((c.error for c in output.outputs if c.error), None) if output is not None else None,
+            prompt=None if output is None else output.prompt,
+        )
+        for listener in self.listeners:
+            listener(record)
 
     # ---- as a collector ----------------------------------------------------------------------------------------------
 
     @property
     def kv_usage(self) -> float:
         """Share of the KV cache that live requests hold."""
-        stats = self.load.stats
-        return stats.kv_reserved_bytes / self._kv_bytes if stats is not None else 0.0
+        return self.blocks[2] / max(sum(self.blocks), 1)
 
     def text(self) -> bytes:
         """The exposition; call it on the event loop."""
@@ -142,36 +185,54 @@ class Metrics(Collector):
             yield family
 
     def _families(self) -> Iterator[Metric]:
-        load = self.load
-        yield _gauge("num_requests_live", "Prompts that have not ended.", len(load.live))
-        yield _gauge("num_requests_running", "Rows in the running batch.", load.running)
-        yield _gauge("num_requests_waiting", "Rows that wait for a place in it.", load.waiting)
-        yield _gauge("queue_tokens", "Prompt tokens of prompts that have no token yet.", load.queued_tokens)
-        yield _gauge("kv_cache_usage_perc", "KV cache usage; 1 means 100 percent.", self.kv_usage)
-        yield _counter("request_accepted", "Prompts that were queued.", self.accepted)
-        yield _counter("request_success", "Prompts that finished.", self.finished, "finished_reason")
-        yield _counter("request_rejected", "Requests refused for load.", self.rejected, "reason")
-        yield _counter("request_aborted", "Prompts that were withdrawn.", self.aborted)
-        yield _counter("request_failed", "Prompts that ended with an error.", self.failed)
-        yield _counter("prompt_tokens", "Prompt tokens computed or cached.", self.prompt_tokens)
-        yield _counter("generation_tokens", "Tokens generated.", self.generation_tokens)
-        yield _counter("num_preemptions", "Rows preempted.", self.preemptions)
-        yield _counter("engine_restarts", "Engines started after one died.", self.restarts)
-        yield self._ttft.family("flover:time_to_first_token_seconds", "Arrival to first token.")
-        yield self._itl.family("flover:inter_token_latency_seconds", "Between tokens of a prompt.")
-        yield self._e2e.family("flover:e2e_request_latency_seconds", "Arrival to last token, of those that finished.")
-        yield self._step.family("flover:step_seconds", "A step of the engine.")
+        load, free_cached_used = self.load, dict(zip(("free", "cached", "used"), self.blocks))
+        yield self._gauge("num_requests_live", "Prompts that have not ended.", len(load.live))
+        yield self._gauge("num_requests_running", "Rows in the running batch.", load.running)
+        yield self._gauge("num_requests_waiting", "Rows that wait for a place in it.", load.waiting)
+        yield self._gauge("queue_tokens", "Prompt tokens of prompts that have no token yet.", load.queued_tokens)
+        yield self._gauge("kv_cache_usage_perc", "KV cache usage; 1 means 100 percent.", self.kv_usage)
+        yield self._gauge("kv_blocks", "Blocks of the KV cache after the last step.", free_cached_used, "state")
+        yield self._counter("request_accepted", "Prompts that were queued.", self.accepted)
+        yield self._counter("request_success", "Prompts that finished.", self.finished, "finished_reason")
+        yield self._counter("request_rejected", "Requests refused for load.", self.rejected, "reason")
+        yield self._counter("request_aborted", "Prompts that were withdrawn.", self.aborted_for, "reason")
+        yield self._counter("request_failed", "Prompts that ended with an error.", self.failed_for, "reason")
+        yield self._counter("prompt_tokens", "Prompt tokens computed or cached.", self.prompt_tokens)
+        yield self._counter("generation_tokens", "Tokens generated.", self.generation_tokens)
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", self.prompt_tokens)
+        yield self._counter("prefix_cache_hits", "Of them, found; when a prompt ends.", self.cached_tokens)
+        yield self._counter("num_preemptions", "Rows preempted.", self.preemptions)
+        yield self._counter("engine_restarts", "Engines started after one died.", self.restarts)
+        for name, help, histogram in (
+            ("time_to_first_token_seconds", "Arrival to first token.", self._ttft),
+            ("inter_token_latency_seconds", "Between tokens of a prompt.", self._itl),
+            ("request_time_per_output_token_seconds", "Mean gap of a prompt, of those that finished.", self._tpot),
+            ("e2e_request_latency_seconds", "Arrival to last token, of those that finished.", self._e2e),
+            ("request_queue_time_seconds", "Arrival to scheduled.", self._queue),
+            ("request_prefill_time_seconds", "Scheduled to first token.", self._prefill),
+            ("request_decode_time_seconds", "First to last token.", self._decode),
+            ("request_inference_time_seconds", "Scheduled to last token.", self._inference),
+            ("request_prompt_tokens", "Prompt tokens of a prompt that finished.", self._prompt_lens),
+            ("request_generation_tokens", "Its output tokens.", self._output_lens),
+            ("iteration_tokens_total", "Tokens of a step.", self._step_tokens),
+            ("step_seconds", "A step of the engine, from plan to result.", self._step),
+        ):
+            yield histogram.family(self._prefix + name, help)
 
+    def _gauge(self, name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
+        """`value` is one number, or one for each value of the label."""
+        if not isinstance(value, Mapping):
+            return GaugeMetricFamily(self._prefix + name, help, value=value)
+        family = GaugeMetricFamily(self._prefix + name, help, labels=[label])
+        for each, count in value.items():
+            family.add_metric([each], count)
+        return family
 
-def _gauge(name: str, help: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"flover:{name}", help, value=value)
-
-
-def _counter(name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
-    """`value` is one number, or one for each value of the label."""
-    if not isinstance(value, Mapping):
-        return CounterMetricFamily(f"flover:{name}", help, value=value)
-    family = CounterMetricFamily(f"flover:{name}", help, labels=[label])
-    for name, count in value.items():
-        family.add_metric([name], count)
-    return family
+    def _counter(self, name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
+        """The same."""
+        if not isinstance(value, Mapping):
+            return CounterMetricFamily(self._prefix + name, help, value=value)
+        family = CounterMetricFamily(self._prefix + name, help, labels=[label])
+        for each, count in value.items():
+            family.add_metric([each], count)
+        return family

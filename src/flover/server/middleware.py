@@ -34,6 +34,7 @@ class RequestId:
         given = _header(scope, b"x-request-id")
         usable = 0 < len(given) <= MAX_REQUEST_ID and all(33 <= byte <= 126 for byte in given)
         request_id = given if usable else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

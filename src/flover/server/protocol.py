@@ -17,6 +17,7 @@ from flover.server.errors import ApiError, from_value_error, invalid
 MAX_LOGPROBS = 20
 MAX_ROWS = 1024  # choices of one request, over all its prompts
 MAX_ENTRIES = 1 << 20  # of a list, times the rows
+MAX_SECONDS = 1e6
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
@@ -86,6 +87,8 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool | None = None
     seed: int | None = None
     priority: int | None = None
+    timeout: float | None = None
+    queue_timeout: float | None = None
     cache_salt: str | None = None
 
     subject: ClassVar[str]  # the field that an error is about when it names no other
@@ -94,6 +97,10 @@ class GenerationRequest(Body):
         super().check()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise invalid(f"best_of must be n, got {show(self.best_of)}", "best_of")
+        for name in ("timeout", "queue_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < MAX_SECONDS:
+                raise invalid(f"{name} must be seconds in (0, {MAX_SECONDS:g}), got {show(seconds)}", name)
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options needs stream to be true", "stream_options")
 

@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flover.engine.remote import ending
 from flover.engine.wire import Connection
-from flover.server.config import ServerConfig
+from flover.server.config import ServerConfig, admin_socket_path
 from flover.server.control import Abort, Drain, Failed, FromFront, Leaving, Serving, Setup
 from flover.server.restarts import Restarts
 
@@ -37,6 +38,8 @@ def run(config: ServerConfig, engine: Mapping[str, Any]) -> int:
         ValueError: anything wrong with settings or checkpoint. OSError: the address cannot be taken.
     """
     with bind(config.host, config.port) as listener, _signals() as told:
+        if not config.admin_socket:
+            config = replace(config, admin_socket=str(admin_socket_path(listener.getsockname()[1])))
         return Supervisor(listener, told, config, engine).run()
 
 

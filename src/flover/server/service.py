@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from flover.async_llm import AsyncLLM, Stream
 from flover.engine.llm_engine import Prepared
@@ -12,9 +13,22 @@ from flover.engine.remote import EngineDeadError
 from flover.metrics import StepStats
 from flover.request import RequestOutput
 from flover.server.config import ServerConfig
-from flover.server.errors import ApiError, draining, engine_dead
+from flover.server.errors import ApiError, deadline, draining, engine_dead
 from flover.server.load import Load
 from flover.server.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who asks, and how long they will wait: seconds to the first and to the last token. label: X-Request-Id."""
+
+    key: str = ""
+    label: str = ""
+    queue_timeout: float | None = None
+    timeout: float | None = None
+
+
+ANYONE = Asked()
 
 
 class Service:
@@ -29,9 +43,9 @@ class Service:
         self.model_names = list(config.served_model_names) or [resolved.engine.model]
         self.max_model_len = resolved.scheduler.max_model_len
         self.created = int(time.time())
-        kv = resolved.kv
         self.load = Load(resolved.scheduler.max_num_seqs, config.max_queued_requests, config.max_queued_tokens)
-        self.metrics = Metrics(self.load, kv.num_blocks * kv.block_size * kv.bytes_per_token, self.model_names[0])
+        self.metrics = Metrics(self.load, self.model_names[0], config.metrics_compat)
+        self.metrics.blocks = llm.kv_blocks
         self.completion_params = llm.get_default_sampling_params()
         self.chat_params = llm.get_default_chat_params()
         self.draining = self.stalled = False
@@ -40,7 +54,7 @@ class Service:
         self.num_events = 0
         llm.observer = self
 
-    def open(self, prepared: Sequence[Prepared]) -> Stream:
+    def open(self, prepared: Sequence[Prepared], asked: Asked = ANYONE) -> Stream:
         """Queue prompts, all or none.
 
         Raises:
@@ -49,10 +63,40 @@ class Service:
         self.check_open()
         rows = sum(len(one.choices) for one in prepared)
         self.check_room(rows, sum(len(one.prompt_token_ids) for one in prepared))
+        for one in prepared:
+            for choice in one.choices:
+                choice.request.client = asked.key
         try:
-            return self.llm.open(prepared)
+            stream = self.llm.open(prepared)
         except EngineDeadError:
             raise engine_dead() from None
+        names = [one.request_id for one in prepared]
+        for name in names:
+            self.load.live[name].label = asked.label
+        for queued, limits in (
+            (True, (asked.queue_timeout, self.config.queue_timeout)),
+            (False, (asked.timeout, self.config.request_timeout)),
+        ):
+            seconds = min((limit for limit in limits if limit is not None), default=None)
+            if seconds is not None:
+                timer = asyncio.get_running_loop().call_later(seconds, self._late, stream, names, queued, seconds)
+                stream.on_close.append(timer.cancel)
+        return stream
+
+    def _late(self, stream: Stream, names: Sequence[str], queued: bool, seconds: float) -> None:
+        """A deadline of a stream has come."""
+        live = [self.load.live[name] for name in names if name in self.load.live]
+        if queued:
+            live = [one for one in live if not one.num_tokens]
+        if live:
+            self.withdraw(names, "deadline")
+            stream.fail(deadline(queued, seconds, self.load.retry_after(self.load.waiting)))
+
+    def withdraw(self, names: Iterable[str], why: str) -> None:
+        """Note why requests will be aborted: deadline, admin, shutdown; otherwise their client has gone."""
+        for name in names:
+            if name in self.load.live:
+                self.load.live[name].why = why
 
     def check_room(self, rows: int, tokens: int = 0) -> None:
         """ApiError 429 if so much more does not fit the queue."""
@@ -65,6 +109,7 @@ class Service:
     def check_open(self) -> None:
         """ApiError if nothing is taken in any more."""
         if self.dead.is_set():
+            self.metrics.rejected["engine_dead"] += 1
             raise engine_dead()
         if self.draining:
             self.metrics.rejected["draining"] += 1
@@ -100,6 +145,7 @@ class Service:
 
     async def abort_all(self) -> None:
         """End every request with an error."""
+        self.withdraw(self.llm.live_request_ids, "shutdown")
         for request_id in self.llm.live_request_ids:
             await self.llm.abort(request_id)
 
@@ -111,6 +157,7 @@ class Service:
 
     def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
         self.num_events += 1
+        self.metrics.blocks = self.llm.kv_blocks
         self.metrics.stepped(outputs, stats)
 
     def died(self, error: Exception) -> None:
@@ -120,6 +167,6 @@ class Service:
 
     def revived(self) -> None:
         """A new engine runs."""
-        resolved = self.llm.engine.core.resolved
-        self.metrics.restarted(resolved.kv.num_blocks * resolved.kv.block_size * resolved.kv.bytes_per_token)
+        self.metrics.restarts += 1
+        self.metrics.blocks = self.llm.kv_blocks
         self.dead.clear()

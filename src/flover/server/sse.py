@@ -1,7 +1,8 @@
 """Server-sent events, and answers that end with their reader.
 
 `data: {json}` and an empty line for each event, `data: [DONE]` last, also after an error. A client that goes away
-cancels the answer, whether it streams or not and whatever it waits for.
+cancels the answer, whether it streams or not and whatever it waits for. While nothing comes, comments keep the
+connection.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from starlette.types import Receive, Send
 
 from flover.server.errors import ApiError, internal
 
+KEEP_ALIVE = 15.0  # seconds without an event after which a comment is sent: proxies cut silent connections
+COMMENT = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,14 +38,28 @@ def event(value: Any) -> bytes:
 async def send_events(send: Send, events: AsyncIterator[bytes]) -> None:
     """A whole streamed response; an error of `events` is an event too."""
     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+    quiet = True
+
+    async def keep_alive() -> None:
+        nonlocal quiet
+        while True:
+            await asyncio.sleep(KEEP_ALIVE)
+            if quiet:
+                await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+            quiet = True
+
+    beat = asyncio.ensure_future(keep_alive())
     try:
         async for one in events:
+            quiet = False
             await send({"type": "http.response.body", "body": one, "more_body": True})
     except Exception as error:
         if not isinstance(error, ApiError):
             logger.exception("a stream failed")
             error = internal(error)
         await send({"type": "http.response.body", "body": event(error.body), "more_body": True})
+    finally:
+        beat.cancel()
     await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 
