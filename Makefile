@@ -1,6 +1,7 @@
 # Everything from a bare clone: each target makes the environment it needs. See README.md.
 #   make demo      twelve prompts through one fused batch, a picture of it
 #   make test      the tests that fit in CI;  make test-all: the long ones too
+#   make soak      a server under load, cancels and kills, for SOAK_MINUTES (10)
 #   make lint      ruff, mypy, import-linter
 # On a machine without a GPU, PyTorch's CPU build is the right one: on Linux pass its package index, the CPU one that
 # pytorch.org's install page names:  make demo TORCH_INDEX=https://...
@@ -11,7 +12,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint format clean
+# minutes of mixed load, cancels and kills on a server; fails if a promise did not hold
+SOAK_MINUTES ?= 10
+SOAK_OUTPUT ?= soak.json
+
+.PHONY: demo test test-all soak lint format clean
 
 demo: $(VENV)/.run
 	$(BIN)/flover generate --input examples/demo.jsonl --timeline demo-timeline.png
@@ -22,6 +27,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+soak: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py --minutes $(SOAK_MINUTES) --output $(SOAK_OUTPUT)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks scripts
