@@ -87,10 +87,6 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
-    def done(self) -> bool:
-        return self.body.rstrip().endswith((b"[DONE]", b"}", b"0"))
-
-    @property
     def code(self) -> str:
         """Of its error, if it has one."""
         _, found, rest = self.body.partition(b'"code":"')

@@ -223,6 +223,7 @@ class AsyncLLM:
         Raises:
             ValueError: what the constructor raises. EngineDeadError: it died again, at the start.
         """
+        self._core.kill()
         self._core.shutdown()
         core = RemoteCore(self._config)
         try:

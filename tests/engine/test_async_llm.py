@@ -165,6 +165,30 @@ def in_time(seconds: float, done: Callable[[], bool]) -> bool:
     return done()
 
 
+@pytest.mark.parametrize("stop", [None, "zzz"])
+def test_a_text_that_cannot_be_made_ends_its_request_alone(llm: AsyncLLM, stop: str | None) -> None:
+    class Broken:
+        def push(self, tokens: Any) -> str:
+            raise RuntimeError("no text")
+
+    async def both() -> list[RequestOutput]:
+        params = SamplingParams(max_tokens=20, ignore_eos=True, stop=stop)
+        bad = await llm.prepare("And", params)
+        bad.choices[0]._detokenizer = Broken()  # type: ignore[assignment]
+        stream = llm.open([bad])
+        good = asyncio.create_task(last(llm, "And", params))
+        outputs = [output async for output in stream]
+        stream.close()
+        return [outputs[-1], await good]
+
+    bad, good = asyncio.run(both())
+    assert bad.outputs[0].finish_reason == "error"
+    assert bad.outputs[0].error == "the text could not be made: RuntimeError"
+    assert len(bad.outputs[0].token_ids) < 20
+    assert good.outputs[0].finish_reason == "length"
+    assert llm.is_running
+
+
 def test_a_dead_engine_ends_every_stream() -> None:
     llm = AsyncLLM(**SETTINGS)
 

@@ -55,6 +55,7 @@ class Choice:
     def __init__(self, request: Request, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
         self.request, self.params = request, params
         self.text, self.num_read, self.open = "", 0, True
+        self.broken = ""  # why its text cannot be made
         self.num_named = 0  # logprobs entries whose tokens have their text
         self.stops = StopChecker(params.stop or (), params.include_stop_str_in_output)
         self._detokenizer: IncrementalDetokenizer | None = None
@@ -63,7 +64,19 @@ class Choice:
             self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens, context)
 
     def read(self) -> str | None:
-        """Take in the tokens that came since; -> the stop string, once they complete one."""
+        """Take in the tokens that came since; -> the stop string, once they complete one.
+
+        A text that cannot be made is this choice's error alone.
+        """
+        try:
+            return self._read()
+        except Exception as error:
+            logger.exception("the text of %s could not be made", self.request.request_id)
+            self._detokenizer = None
+            self.broken = f"the text could not be made: {type(error).__name__}"
+            return None
+
+    def _read(self) -> str | None:
         request, detokenizer = self.request, self._detokenizer
         while detokenizer and self.num_read < request.num_output_tokens and self.stops.found is None:
             token = request.token_ids[request.num_prompt_tokens + self.num_read]
@@ -77,7 +90,9 @@ class Choice:
         """The request has ended: what was held back is text now, and a stop string outranks any other reason."""
         self.open = False
         stop = self.read()
-        if stop is not None:
+        if self.broken:
+            self.request.finish_reason, self.request.error = FinishReason.ERROR, self.broken
+        elif stop is not None:
             self.request.finish_reason, self.request.stop_reason = FinishReason.STOP, stop
         elif self._detokenizer is not None:
             self.text += self.stops.push(self._detokenizer.flush(), check=False) + self.stops.flush()
@@ -261,6 +276,8 @@ class LLMEngine:
         request, logprobs = choice.request, choice.request.logprobs
         if choice.open:
             choice.read()
+            if choice.broken:
+                self.core.finish(request.request_id, FinishReason.ERROR)
         if logprobs is not None:
             self._name_tokens(logprobs[choice.num_named :])
             choice.num_named = len(logprobs)
