@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ async def stream(port: int, api: str, tokens: int) -> tuple[int, float]:
 
 async def measure(port: int, pid: int, args: argparse.Namespace) -> dict[str, object]:
     await asyncio.gather(*(stream(port, args.api, 8) for _ in range(4)))
-    process = psutil.Process(pid)
+    process, loads = psutil.Process(pid), [round(value, 2) for value in os.getloadavg()]
     before, begin = process.cpu_times(), time.monotonic()
     results = await asyncio.gather(*(stream(port, args.api, args.tokens) for _ in range(args.streams)))
     after, seconds = process.cpu_times(), time.monotonic() - begin
@@ -49,6 +50,7 @@ async def measure(port: int, pid: int, args: argparse.Namespace) -> dict[str, ob
     cpu = after.user + after.system - before.user - before.system
     return {
         "api": args.api,
+        "load_before": loads,
         "streams": args.streams,
         "tokens": total,
         "events": sum(count for count, _ in results),

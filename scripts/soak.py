@@ -164,6 +164,9 @@ class Soak:
             counts = [held[name][2] for _, held in steady]
             processes[name] = {
                 "rss_mb": round(rss, 1),
+                "rss_mb_over_time": [
+                    round(held[name][0]) for _, held in self.samples[:: max(1, len(self.samples) // 20)]
+                ],
                 "rss_slope_mb_per_minute": round(slope, 3),
                 "descriptors_idle": fds,
                 "threads_idle": threads,

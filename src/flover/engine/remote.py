@@ -36,6 +36,10 @@ from flover.engine.wire import (
 from flover.request import FinishReason, Request, RequestStatus
 from flover.startup import StartupTimes
 
+# Steps of ever new shapes make memory grow, on a CPU, for as long as there are new ones: oneDNN keeps what it compiled
+# for 1,024 shapes, and glibc, once a large block has been freed, takes such ones from a heap that they fragment.
+MEMORY_ENV = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "MALLOC_MMAP_THRESHOLD_": "131072"}
+
 
 class EngineDeadError(RuntimeError):
     """The engine's process has ended; nothing more will come."""
@@ -64,6 +68,7 @@ class RemoteCore:
                 command,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
+                env={**MEMORY_ENV, **os.environ},
                 start_new_session=True,  # a terminal's Ctrl-C is the front's business, also while the engine starts
             )
         self._connection = Connection(mine, FromEngine)
