@@ -36,6 +36,7 @@ MICRO = replace(
     lens=(512,),
     slots=(32, 64),
     traces=2,
+    processes=0,
     runs=1,
 )
 KEYS = {"id", "title", "paper", "ours", "environment", "command", "seed", "scale", "verdict", "notes", "rows", "gaps"}

@@ -49,11 +49,18 @@ class Record:
 
 @dataclass(slots=True)
 class Run:
-    """A workload on a system. `steps`: of the engine, where the system has one; their times on the same clock."""
+    """A workload on a system.
+
+    Args:
+        steps: of the engine, where the system has one; their times on the same clock.
+        reorder_host, reorder_device: seconds of reordering on the host and on a GPU (`reorder_clock`).
+    """
 
     system: str
     records: list[Record]
     steps: list[StepStats] = field(default_factory=list)
+    reorder_host: float = 0.0
+    reorder_device: float = 0.0
 
     @property
     def duration(self) -> float:

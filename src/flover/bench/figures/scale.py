@@ -74,6 +74,7 @@ class Scale:
         runs: of each workload, of which the fastest counts: short runs are noisy.
         threads: of the engine on a CPU; more only get in each other's way where a model is tiny.
         serial: of how many requests serial is measured, where fewer than the most will do: they are of one length.
+        processes: with weights of their own, at most, or as many as fit; 0: none.
         lens: maximum lengths of the reorder study. slots: its numbers of slots; traces: random ones of each length.
     """
 
@@ -96,6 +97,7 @@ class Scale:
     slots: tuple[int, ...]
     traces: int
     serial: Mapping[str, int]
+    processes: int
     threads: int | None = None
     runs: int = 1
 
@@ -125,6 +127,7 @@ FULL = Scale(
     slots=(32, 64, 128, 256, 512, 1024, 2048, 4096),
     traces=100,
     serial={"llama-33b": 8, "llama-65b": 4},
+    processes=8,
 )
 TINY = Scale(
     name="tiny",
@@ -146,6 +149,7 @@ TINY = Scale(
     slots=(32, 128, 1024, 4096),
     traces=20,
     serial={},
+    processes=2,
     threads=1,
     runs=3,
 )
