@@ -40,6 +40,7 @@ NAMES = (
     "transformers:batch",
     "openai:URL",
 )
+OUTSIDE = ("transformers", "transformers:batch", "openai")
 UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
 
 

@@ -25,6 +25,7 @@ class Gap(NamedTuple):
 def _llama(hidden: int, size: int, layers: int, heads: int, vocab: int = 32000, length: int = 2048) -> Shape:
     return {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": size,
         "num_hidden_layers": layers,
@@ -40,6 +41,7 @@ def _llama(hidden: int, size: int, layers: int, heads: int, vocab: int = 32000, 
 def _gptj(hidden: int, layers: int, heads: int, rotary: int, vocab: int = 50400, length: int = 2048) -> Shape:
     return {
         "architectures": ["GPTJForCausalLM"],
+        "model_type": "gptj",
         "n_embd": hidden,
         "n_layer": layers,
         "n_head": heads,

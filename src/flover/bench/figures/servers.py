@@ -64,7 +64,9 @@ def prepare(server: System, jobs: Sequence[Job]) -> None:
         return server.warm_up(jobs[0])
     if isinstance(server, EngineSystem):
         server.core.warm_up()
-    server.run(warm_up(jobs))
+        server.run(warm_up(jobs))
+    else:
+        server.run(warm_up(jobs[:4]))
 
 
 def warm_up(jobs: Sequence[Job]) -> list[Job]:
