@@ -44,6 +44,7 @@ def new_records(jobs: Sequence[Job]) -> list[Record]:
 
 def take_finished(request: Request, record: Record) -> None:
     record.token_ids, record.error = request.output_token_ids, request.error
+    record.num_preemptions = request.num_preemptions
 
 
 def shift(steps: Sequence[StepStats], origin: float) -> None:

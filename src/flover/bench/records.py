@@ -23,13 +23,17 @@ class Job(NamedTuple):
 
 @dataclass(slots=True)
 class Record:
-    """What became of a job. `times`: when each output token was there; with an `error` it may have few or none."""
+    """What became of a job. `times`: when each output token was there; with an `error` it may have few or none.
+
+    num_preemptions: of our engine, how often it lost its memory and was computed again.
+    """
 
     arrival: float
     num_prompt: int
     times: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     error: str | None = None
+    num_preemptions: int = 0
 
     @property
     def ttft(self) -> float:

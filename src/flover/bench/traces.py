@@ -146,7 +146,7 @@ MEASURED = "percentiles of the trace itself"
 AZURE = "Azure LLM inference trace 2023 (CC-BY; Patel et al., Splitwise, ISCA 24)"
 AZURE_24 = "Azure LLM inference trace 2024 (CC-BY; Stojkovic et al., DynamoLLM, HPCA 25)"
 READ = (
-    "percentiles 50, 90, 99, 100 (outputs: 95) as others computed them of the whole trace, the rest read off the plots of"
+    "percentiles 50, 90, 99, 100 (outputs: 95) as others computed them of the whole trace, the rest read off plots of"
     " its notebook; outputs below the median and at 99.9 % assumed, so that the mean is right; burstiness unknown"
 )
 WORKLOADS = {
