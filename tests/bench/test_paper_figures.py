@@ -219,7 +219,13 @@ def test_an_outside_engine_that_is_absent_is_a_gap(folder: Path, tmp_path: Path,
 def test_pictures_need_only_the_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "4a.json").write_text((folder / "4a.json").read_text())
     assert main(["bench", "paper", "--output", str(tmp_path), "--draw"]) == 0
-    assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["4a.png"]
+    assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["4a.png", "headline.png"]
+    lines = (tmp_path / "headline.md").read_text().splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]][:2] == [
+        ["| gptj-6b", "0.089 of single", "2"],
+        ["| gptj-6b", "0", "2"],
+    ]
+    assert len({line.count("|") for line in lines[:8]}) == 1
     assert main(["bench", "paper", "--output", str(tmp_path), "--draw", "--figure", "8"]) == 2
     assert "has no 8.json" in capsys.readouterr().err
 

@@ -123,14 +123,20 @@ def run_figures(
 
 
 def draw_figures(output: Path, figures: Sequence[str], say: Callable[[str], None]) -> None:
-    """The pictures of the figures that are in the folder, of their JSON alone."""
+    """The pictures of the figures that are in the folder, of their JSON alone; with 4a the headline too."""
     if find_spec("matplotlib") is None:
         say('no pictures, only JSON: matplotlib is missing (pip install "flover[plot]"); --draw makes them later')
         return
     for name in figures or FIGURES:
         data = _read(output / f"{name}.json")
         if data and data["rows"]:
-            _draw(name, data, output / f"{name}.png")
+            _draw(FIGURES[name].draw, data, output / f"{name}.png")
+    headline = _read(output / "4a.json")
+    if headline and any(row["fused_s"] for row in headline["rows"]):
+        from flover.bench.figures.summary import table
+
+        _draw("summary:draw", headline, output / "headline.png")
+        (output / "headline.md").write_text(table(headline, _read(output / "4c.json")), encoding="utf-8")
 
 
 def _estimate(names: Sequence[str], bench: Bench, say: Callable[[str], None]) -> None:
@@ -212,12 +218,12 @@ def _same(tokens: Sequence[Data]) -> Data | None:
     return data | {"share_identical": data["identical"] / max(data["requests"], 1)}
 
 
-def _draw(name: str, data: Data, path: Path) -> None:
+def _draw(where: str, data: Data, path: Path) -> None:
     from importlib import import_module
 
     from flover.bench.figures.style import FONT, save
 
-    module, _, function = FIGURES[name].draw.partition(":")
+    module, _, function = where.partition(":")
     import matplotlib
 
     draw: Any = getattr(import_module(f"flover.bench.figures.{module}"), function)
