@@ -115,5 +115,8 @@ class Pace(NamedTuple):
     def loading(self, system: str) -> float:
         """Seconds until a system is ready."""
         kind, _, detail = system.partition(":")
-        instances = int(detail or 32) if kind.startswith("concurrent") and self.device == "cuda" else 0
-        return GUESS[self.device][2] + self.size.weights / 1e10 + CAPTURE_SECONDS * instances
+        one = GUESS[self.device][2] + self.size.weights / 1e10
+        if kind == "concurrent-processes":  # one after the other, each also starts Python
+            return int(detail or 8) * one
+        instances = int(detail or 32) if kind == "concurrent" and self.device == "cuda" else 0
+        return one + CAPTURE_SECONDS * instances
