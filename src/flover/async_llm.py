@@ -103,6 +103,7 @@ class AsyncLLM:
         self._core = RemoteCore(config)
         self.engine = LLMEngine(config, self._core)
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="flover-tokenizer")
+        self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="flover-grammar")
         self._streams: dict[str, Stream] = {}  # by request id, until its last output
         self.observer: Observer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -155,6 +156,11 @@ class AsyncLLM:
         if not request_id:
             self._next_id += 1
             request_id = f"request-{self._next_id}"
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            loop = (
+                asyncio.get_running_loop()
+            )  # a thread of its own: it must not keep others from tokenising
+            await loop.run_in_executor(self._grammar_thread, self.engine.check_grammar, sampling_params)
         return await self.in_thread(
             self.engine.prepare, request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt
         )
@@ -207,7 +213,8 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """End the engine; streams that are open get `EngineDeadError`."""
         self._fail(EngineDeadError("the engine was shut down"))
-        self._core.shutdown()
+        self.engine.shutdown()
+        self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- the reader --------------------------------------------------------------------------------------------------

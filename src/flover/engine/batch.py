@@ -1,8 +1,9 @@
 """`BatchPlan`: what one step does, complete and torch-free; and `StepResult`: what came of it.
 
 Every rank applies the same plan and holds no allocator of its own. Order of effect on the device:
-poison, moves, leaves, relocations, frozen, joins, tables, forward, sampling. Row numbers in `leaves` are those before
-relocation, everywhere else those after. Arrays travel as bytes: a plan is a few kilobytes and encodes in microseconds.
+poison, moves, leaves, relocations, frozen, joins, tables, forward, masks, sampling. Row numbers in `leaves` are those
+before relocation, everywhere else those after. Arrays travel as bytes: a plan is a few kilobytes and encodes in
+microseconds.
 """
 
 from __future__ import annotations
@@ -52,9 +53,20 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     joins: list[RowJoin] = []
     tables: list[tuple[int, int, list[int]]] = []  # (row, first entry, block ids)
     reserved_blocks: int = 0
+    masked: bool = False  # sampling waits for `RowMasks`
 
     def scheduled(self) -> npt.NDArray[np.int32]:
         return np.frombuffer(self.num_scheduled, dtype=np.int32)
+
+
+class RowMasks(msgspec.Struct, frozen=True, array_like=True):
+    """Which tokens the sampled rows of a masked plan may draw, where a grammar says so.
+
+    bits: int32 `[len(rows), ceil(vocabulary / 32)]`, the lowest bit first; 1 is allowed.
+    """
+
+    rows: list[int]
+    bits: bytes
 
 
 class Scores(NamedTuple):
@@ -73,10 +85,14 @@ class StepResult(NamedTuple):
     finite: npt.NDArray[np.bool_]
     logprobs: Scores | None = None
     prompt_scores: tuple[Scores, ...] = ()
+    exhausted: npt.NDArray[np.bool_] | None = None  # not finite because every token is masked; None: none is
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(BatchPlan)
+
+
+_mask_decoder = msgspec.msgpack.Decoder(RowMasks)
 
 
 def encode_plan(plan: BatchPlan) -> bytes:
@@ -85,3 +101,11 @@ def encode_plan(plan: BatchPlan) -> bytes:
 
 def decode_plan(data: bytes) -> BatchPlan:
     return _decoder.decode(data)
+
+
+def encode_masks(masks: RowMasks) -> bytes:
+    return _encoder.encode(masks)
+
+
+def decode_masks(data: bytes) -> RowMasks:
+    return _mask_decoder.decode(data)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
+from pathlib import Path
 from typing import Any
 
 from flover.config import ResolvedConfig
+from flover.engine.grammar import Vocabulary
+from flover.engine.grammar_check import GrammarChecker
 from flover.request import ContextLengthError, Request, RowSampling, SamplingParams, show
 from flover.tokenizer import Tokenizer
 
@@ -20,8 +23,10 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 class InputProcessor:
     """Checks and tokenises. Requests without a seed get one from a generator of its own, in order of preparation."""
 
-    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None, folder: Path) -> None:
         self._scheduler, self._model = config.scheduler, config.model
+        vocabulary = Vocabulary(folder, self._model.vocab_size, self._model.eos_token_ids)
+        self._grammars = GrammarChecker(vocabulary)
         self._capacity = config.kv.block_size * (config.kv.num_blocks if config.kv.layout == "paged" else 1)
         self._tokenizer = tokenizer
         self._seeds = random.Random(config.engine.seed)
@@ -41,7 +46,8 @@ class InputProcessor:
         text, ids = self._prompt(prompt)
         self._check(params)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        eos = frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)
+        grammar = self.grammar(params)
+        eos = frozenset() if params.ignore_eos and not grammar else frozenset(self._model.eos_token_ids)
         stop = eos | frozenset(params.stop_token_ids)
         bad_words = self._bad_words(params.bad_words)
         room = max(1, self._scheduler.max_model_len - len(ids))
@@ -59,11 +65,28 @@ class InputProcessor:
                 prompt_logprobs=-1 if params.prompt_logprobs is None or choice else params.prompt_logprobs,
                 priority=params.priority if priority is None else priority,
                 cache_salt=cache_salt,
+                grammar=grammar,
                 sibling=requests[0] if requests else None,
                 logprobs=None if params.logprobs is None else [],
             )
             requests.append(request)
         return text, requests
+
+    def grammar(self, params: SamplingParams) -> str:
+        """What the text must follow, compiled once to see that it can be; "" if it may be anything.
+
+        Raises:
+            ValueError: the grammar is none, or costs too much.
+        """
+        if params.structured_outputs is None:
+            return ""
+        self._need_tokenizer("structured_outputs")
+        grammar = params.structured_outputs.grammar_text()
+        self._grammars.check(grammar)
+        return grammar
+
+    def close(self) -> None:
+        self._grammars.close()
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +192,7 @@ class InputProcessor:
             min_tokens=params.min_tokens,
             stop_token_ids=tuple(sorted(masked)),
             logprobs=-1 if params.logprobs is None else params.logprobs,
+            masked=params.structured_outputs is not None,
         )
 
 

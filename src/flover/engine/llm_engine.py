@@ -130,9 +130,13 @@ class LLMEngine:
         self.num_steps = 0
         self.num_row_steps = 0  # running rows, summed over the steps
         self._record = config.record_timeline
-        self._inputs = InputProcessor(self.core.resolved, self.tokenizer)
+        self._inputs = InputProcessor(self.core.resolved, self.tokenizer, self.folder)
         self._prompts: dict[str, Prepared] = {}
         self._choices: dict[str, tuple[Prepared, Choice]] = {}  # by the core's request id
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Compile what `params` want of the text, which `prepare` then knows; ValueError if that cannot be."""
+        self._inputs.grammar(params)
 
     def add_request(
         self,
@@ -222,6 +226,7 @@ class LLMEngine:
 
     def shutdown(self) -> None:
         """Stop the core; what is in flight is dropped."""
+        self._inputs.close()
         self.core.shutdown()
 
     def _count(self, stats: StepStats) -> None:

@@ -88,6 +88,7 @@ class Scheduler:
         self._finished: list[Request] = []  # to report with the next output
         self._arrivals = 0
         self.num_waiting = 0
+        self._num_grammars = 0  # live requests whose draws are masked
         self._steps = 0
         self._disturbed = 0  # steps before this one may hold rows that have ended or been preempted since
         self._last_was_prefill = False
@@ -107,6 +108,7 @@ class Scheduler:
         self.check(request)
         request.arrival, request.key = self._arrivals, str(self._arrivals)
         self._arrivals += 1
+        self._num_grammars += bool(request.grammar)
         self.requests[request.request_id] = request
         self._enqueue(request)
 
@@ -119,6 +121,12 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, reason, stop_reason)
+
+    def fail(self, request: Request, error: str) -> None:
+        """End a live request with an error of its own."""
+        if not request.finished:
+            request.error = error
+            self._finish(request, FinishReason.ERROR)
 
     def has_unfinished(self) -> bool:
         return bool(self.requests or self._departing or self._finished)
@@ -171,6 +179,7 @@ class Scheduler:
             scored=scored,
             tables=[(request.row, start, blocks) for request, start, blocks in tables if request.row >= 0],
             reserved_blocks=self.kv.num_reserved_blocks,
+            masked=self._num_grammars > 0,
         )
         self._steps += 1
         return self._advance(plan, scheduled, chunks, before, started)
@@ -326,9 +335,9 @@ class Scheduler:
         return ids, scored
 
     def _ready(self, request: Request) -> bool:
-        """Not while tokens are in flight for it, nor while the prompt it may share is still being computed."""
+        """Not while tokens are in flight for it, while its grammar or the prompt it may share is still computed."""
         sibling = request.sibling
-        if request.num_in_flight:
+        if request.num_in_flight or (request.matcher is not None and not request.matcher.ready):
             return False
         if sibling is None or sibling.row < 0 or sibling.status is not RequestStatus.RUNNING:
             return True
@@ -452,6 +461,7 @@ class Scheduler:
         request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
         request.finish_time = request.last_token_time = self.clock()
         del self.requests[request.request_id]
+        self._num_grammars -= bool(request.grammar)
         self._finished.append(request)
 
     # ---- failure -----------------------------------------------------------------------------------------------------
@@ -475,9 +485,7 @@ class Scheduler:
         scheduled = failed.plan.scheduled()
         culprits = [request for request, n in zip(failed.rows, scheduled) if n and message is not None]
         for request in culprits:
-            if not request.finished:
-                request.error = message
-                self._finish(request, FinishReason.ERROR)
+            self.fail(request, message or "")
         self._departing, self._complete, self._short = [], [], []
         for request in self.table.requests:
             if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already

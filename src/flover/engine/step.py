@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
 from flover.metrics import StepStats
-from flover.request import FinishReason, Logprob, Request, RequestStatus, TokenLogprobs
+from flover.request import NOTHING_LEFT, FinishReason, Logprob, Request, RequestStatus, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class Ending(NamedTuple):
     stop_reason: int | None = None
 
 
-NOT_FINITE = "the model produced no finite logits to sample from (NaN, or every token is masked)"
+NOT_FINITE = "the model produced no finite logits to sample from (NaN)"
 
 
 def take_in(step: Step, result: StepResult, disturbed: bool) -> tuple[StepOutput, list[Ending]]:
@@ -85,7 +85,8 @@ def _take_one(
     """The uncommon step, row by row: preempted rows, NaN rows, log-probabilities."""
     request.num_in_flight = max(0, request.num_in_flight - 1)
     if not result.finite[i]:
-        request.error = NOT_FINITE
+        exhausted = result.exhausted is not None and result.exhausted[i]
+        request.error = NOTHING_LEFT if exhausted else NOT_FINITE
         endings.append(Ending(request, FinishReason.ERROR))
         return
     if result.logprobs is not None and request.logprobs is not None:

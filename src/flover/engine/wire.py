@@ -40,6 +40,7 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
     priority: int
     cache_salt: str
     arrival_time: float
+    grammar: str
     sibling: str | None
 
     @classmethod
@@ -55,6 +56,7 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             request.priority,
             request.cache_salt,
             request.arrival_time,
+            request.grammar,
             None if request.sibling is None else request.sibling.request_id,
         )
 
@@ -71,6 +73,7 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             self.priority,
             self.cache_salt,
             self.arrival_time,
+            self.grammar,
             sibling,
             logprobs=[] if self.sampling.logprobs >= 0 else None,
         )

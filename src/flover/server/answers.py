@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 import flover
-from flover.request import CompletionOutput, RequestOutput, TokenLogprobs
+from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
 from flover.server.errors import SERVER, ApiError
 from flover.server.protocol import ChatCompletionRequest, CompletionRequest
 from flover.server.sse import event
@@ -105,7 +105,7 @@ class Completion:
         self._newest[prompt] = output
         for choice in output.outputs:
             if choice.finish_reason == "error":
-                raise ApiError(500, choice.error or "the request failed", kind=SERVER, code="generation_failed")
+                raise _failed(choice.error or "the request failed")
             if choice.finish_reason == "abort":
                 raise ApiError(503, "the server has withdrawn the request", kind=SERVER, code="aborted")
         return prompt
@@ -149,6 +149,13 @@ class ChatCompletion(Completion):
             return None
         best = getattr(self.request, "top_logprobs", None) or 0
         return {"content": chat_logprobs(choice.token_ids[scored:], choice.logprobs[scored:], best), "refusal": None}
+
+
+def _failed(error: str) -> ApiError:
+    """A choice that ended with an error: the request's own fault, or ours."""
+    if not is_own_fault(error):
+        return ApiError(500, error, kind=SERVER, code="generation_failed")
+    return ApiError(400, error, param="structured_outputs" if "structured" in error else None, code="generation_failed")
 
 
 def _ending(choice: CompletionOutput) -> Answer:

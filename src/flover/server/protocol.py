@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flover.request import SamplingParams, show
 from flover.server.errors import ApiError, from_value_error, invalid
+from flover.structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_ROWS = 1024  # choices of one request, over all its prompts
 MAX_ENTRIES = 1 << 20  # of a list, times the rows
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's older names
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
     "suffix": NOTHING,
@@ -25,12 +27,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for noth
     "tool_choice": (*NOTHING, "none", "auto"),
     "functions": NOTHING,
     "function_call": (*NOTHING, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": NOTHING,
-    "guided_json": NOTHING,
-    "guided_regex": NOTHING,
-    "guided_choice": NOTHING,
-    "guided_grammar": NOTHING,
     "audio": NOTHING,
     "modalities": (*NOTHING, ["text"]),
     "chat_template": NOTHING,
@@ -85,6 +81,12 @@ class GenerationRequest(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     seed: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
 
@@ -100,7 +102,26 @@ class GenerationRequest(Body):
     def values(self) -> dict[str, Any]:
         """What was given of `SamplingParams`' fields."""
         names = SamplingParams.__dataclass_fields__
-        return {k: v for k in type(self).model_fields if k in names and (v := getattr(self, k)) is not None}
+        values = {k: v for k in type(self).model_fields if k in names and (v := getattr(self, k)) is not None}
+        structured = self.structured()
+        return values if structured is None else {**values, "structured_outputs": structured}
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """What the text must follow: of response_format, structured_outputs and the guided_ fields one at most."""
+        wanted = {
+            "response_format": format_schema(self.response_format),
+            "structured_outputs": self.structured_outputs,
+            **{name: {name[7:]: v} for name in GUIDED if (v := getattr(self, name)) is not None},
+        }
+        given = {name: value for name, value in wanted.items() if value is not None}
+        if len(given) > 1:
+            raise invalid(f"{' and '.join(given)} exclude each other", list(given)[1])
+        for name, value in given.items():
+            try:
+                return StructuredOutputsParams.of(value)
+            except ValueError as error:
+                raise invalid(f"{name}: {error}", name) from None
+        return None
 
     def sampling_params(self, base: SamplingParams) -> SamplingParams:
         """`base` with what was given on top; ApiError names the parameter at fault."""
@@ -111,7 +132,11 @@ class GenerationRequest(Body):
 
     def error(self, error: ValueError) -> ApiError:
         """A ValueError about this request."""
-        return from_value_error(error, type(self).model_fields, self.subject)
+        result = from_value_error(error, type(self).model_fields, self.subject)
+        if result.param == "structured_outputs" and self.structured_outputs is None:
+            result.param = next((n for n in ("response_format", *GUIDED) if getattr(self, n)), self.subject)
+            result.message = result.message.replace("structured_outputs", result.param, 1)
+        return result
 
     def check_rows(self, num_prompts: int) -> None:
         """ApiError for more rows than one request may have, or for lists that would be copied to too many."""
@@ -213,6 +238,28 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[int]
+
+
+def format_schema(value: Any) -> dict[str, Any] | None:
+    """OpenAI's response_format as `StructuredOutputsParams` has it; None: any text.
+
+    Raises:
+        ApiError: another type, or a json_schema without a schema.
+    """
+    kind = (value or {"type": "text"}).get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        raise invalid(
+            f"response_format: type must be text, json_object or json_schema, got {show(kind)}", "response_format"
+        )
+    named = value.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise invalid(f"response_format: json_schema needs a schema, got {show(value)}", "response_format")
+    return {"json": schema}
 
 
 def check_messages(messages: list[dict[str, Any]]) -> None:
