@@ -84,7 +84,19 @@ CHATS: list[tuple[str, Any]] = [
     ("top_logprobs", 21),
     ("top_logprobs", 2),
     ("max_completion_tokens", 0),
-    ("tools", [{"type": "function"}]),
+    *(
+        ("tools", value)
+        for value in (
+            [{"type": "function"}],
+            [{"type": "banana", "function": {"name": "f"}}],
+            [{"type": "function", "function": {"name": "a b"}}],
+            [{"type": "function", "function": {"name": "f", "parameters": 5}}],
+            [{"type": "function", "function": {"name": "f"}}] * 2,
+            [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)],
+            "f",
+        )
+    ),
+    *(("tool_choice", value) for value in ("required", "banana", {"type": "function", "function": {"name": "g"}}, 5)),
     ("chat_template", "{{ x }}"),
     ("chat_template_kwargs", {"tokenize": True}),
 ]

@@ -88,6 +88,9 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(help="of a request; more is a 413")] = 8 << 20,
     body_timeout: Annotated[float, typer.Option(help="seconds for a request to arrive")] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="seconds that requests have to finish after SIGTERM")] = 30.0,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="hermes, llama3_json or mistral; else the template's")
+    ] = None,
     engine: dict[str, Any],
 ) -> int:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
@@ -102,6 +105,7 @@ def serve(
         "max_body_bytes": max_body_bytes,
         "body_timeout": body_timeout,
         "drain_timeout": drain_timeout,
+        "tool_call_parser": tool_call_parser,
     }
     return run_serve(name, api_key or (), server, engine)
 

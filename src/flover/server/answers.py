@@ -15,6 +15,7 @@ from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_ow
 from flover.server.errors import SERVER, ApiError
 from flover.server.protocol import ChatCompletionRequest, CompletionRequest
 from flover.server.sse import event
+from flover.server.tools import CallWriter, call_writer
 
 Answer = dict[str, Any]
 
@@ -24,8 +25,14 @@ class Completion:
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, request: CompletionRequest | ChatCompletionRequest, model: str, num_prompts: int) -> None:
-        self.request, self.num_prompts = request, num_prompts
+    def __init__(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        model: str,
+        num_prompts: int,
+        tool_format: str | None = None,
+    ) -> None:
+        self.request, self.num_prompts, self.tool_format = request, num_prompts, tool_format
         self.n = request.n or 1
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
@@ -68,7 +75,8 @@ class Completion:
                 text = choice.text[characters:] if characters else self._echo(output) + choice.text
                 delta = self._delta(output, choice, i, text, scored)
                 sent[i] = (len(choice.text), len(choice.logprobs or ()))
-                yield event({**head, "choices": [delta], **usage})
+                if delta is not None:
+                    yield event({**head, "choices": [delta], **usage})
         if self.request.include_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
 
@@ -82,10 +90,15 @@ class Completion:
         return (output.prompt or "") if getattr(self.request, "echo", None) else ""
 
     def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
-        return self._delta(output, choice, index, self._echo(output) + choice.text, 0)
+        return self._text(output, choice, index, self._echo(output) + choice.text, 0)
 
-    def _delta(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
-        """`text` is new, and so are the logprobs from `scored` on."""
+    def _delta(
+        self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
+    ) -> Answer | None:
+        """`text` is new, and so are the logprobs from `scored` on; None if there is nothing to tell yet."""
+        return self._text(output, choice, index, text, scored)
+
+    def _text(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
         logprobs = None
         if choice.logprobs is not None:
             tokens = choice.token_ids[scored:]
@@ -128,6 +141,15 @@ class Completion:
 
 class ChatCompletion(Completion):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    request: ChatCompletionRequest
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._calls: dict[int, CallWriter] = {}  # by choice, while it streams
+
+    def _writer(self) -> CallWriter | None:
+        """What finds the calls in a choice; None where there can be none."""
+        return call_writer(self.request.given_tools, self.request.tool_choice, self.tool_format)
 
     def _first(self, index: int) -> Iterable[Answer]:
         delta = {"role": "assistant", "content": ""}
@@ -137,12 +159,25 @@ class ChatCompletion(Completion):
         return ""
 
     def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(choice, 0), **_ending(choice)}
+        message: Answer = {"role": "assistant", "content": choice.text, "refusal": None}
+        ending, writer = _ending(choice), self._writer()
+        if writer is not None:
+            message |= writer.whole(choice.text)
+            ending["finish_reason"] = writer.finish_reason(ending["finish_reason"])
+        return {"index": index, "message": message, "logprobs": self._logprobs(choice, 0), **ending}
 
-    def _delta(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
-        delta = {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": self._logprobs(choice, scored), **_ending(choice)}
+    def _delta(
+        self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
+    ) -> Answer | None:
+        delta, ending = {"content": text} if text else {}, _ending(choice)
+        writer = self._calls.get(index) or self._writer()
+        if writer is not None:
+            self._calls[index] = writer
+            delta = writer.delta(text, ending=choice.finish_reason is not None)
+            ending["finish_reason"] = writer.finish_reason(ending["finish_reason"])
+            if not delta and not ending["finish_reason"] and choice.logprobs is None:
+                return None
+        return {"index": index, "delta": delta, "logprobs": self._logprobs(choice, scored), **ending}
 
     def _logprobs(self, choice: CompletionOutput, scored: int) -> Answer | None:
         if choice.logprobs is None:
@@ -159,7 +194,7 @@ def _failed(error: str) -> ApiError:
 
 
 def _ending(choice: CompletionOutput) -> Answer:
-    reason = {"finish_reason": choice.finish_reason}
+    reason: Answer = {"finish_reason": choice.finish_reason}
     return reason if choice.stop_reason is None else {**reason, "stop_reason": choice.stop_reason}
 
 

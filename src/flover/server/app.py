@@ -91,10 +91,10 @@ class Generation:
             prompts = request.prompts()
         else:
             assert isinstance(request, ChatCompletionRequest)
-            prompts = [await _conversation(service, request.messages, request.add_generation_prompt)]
+            prompts = [await conversation(service, request)]
         request.check_rows(len(prompts))
         service.check_room(params.n * len(prompts))  # before the work; what came meanwhile is seen below
-        answer: Completion = self.answer(request, model, len(prompts))
+        answer: Completion = self.answer(request, model, len(prompts), service.tool_format)
         salt = scope.get("state", {}).get("key", "") + (request.cache_salt or "")
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
@@ -135,11 +135,15 @@ async def _outputs(stream: Stream) -> Any:
         raise engine_dead() from None
 
 
-async def _conversation(service: Service, messages: Any, add_generation_prompt: bool | None) -> Any:
+async def conversation(service: Service, request: ChatCompletionRequest | TokenizeRequest) -> Any:
+    """The prompt of a chat, as the model's template makes it."""
+    more = request.chat_template_kwargs
     try:
-        return await service.llm.chat_prompt(messages, add_generation_prompt is not False)
+        return await service.llm.chat_prompt(
+            request.messages or [], request.add_generation_prompt is not False, request.given_tools, more
+        )
     except ValueError as error:
-        raise from_value_error(error, (), "messages") from None
+        raise from_value_error(error, ("chat_template_kwargs",), "messages") from None
 
 
 async def _body(service: Service, request: Request, read: Callable[[bytes], T]) -> T:
@@ -191,7 +195,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     if tokenizer is None:
         raise invalid("the model has no tokenizer")
     if body.messages is not None:
-        prompt = await _conversation(service, body.messages, body.add_generation_prompt)
+        prompt = await conversation(service, body)
         tokens = prompt["prompt_token_ids"]
     else:
         try:

@@ -13,24 +13,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flover.request import SamplingParams, show
 from flover.server.errors import ApiError, from_value_error, invalid
+from flover.server.tools import call_schema, check_tools
 from flover.structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_ROWS = 1024  # choices of one request, over all its prompts
 MAX_ENTRIES = 1 << 20  # of a list, times the rows
-ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's older names
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
     "suffix": NOTHING,
-    "tools": NOTHING,
-    "tool_choice": (*NOTHING, "none", "auto"),
     "functions": NOTHING,
     "function_call": (*NOTHING, "none", "auto"),
     "audio": NOTHING,
     "modalities": (*NOTHING, ["text"]),
     "chat_template": NOTHING,
-    "chat_template_kwargs": NOTHING,
     "use_beam_search": (None, False),
 }
 
@@ -134,7 +131,8 @@ class GenerationRequest(Body):
         """A ValueError about this request."""
         result = from_value_error(error, type(self).model_fields, self.subject)
         if result.param == "structured_outputs" and self.structured_outputs is None:
-            result.param = next((n for n in ("response_format", *GUIDED) if getattr(self, n)), self.subject)
+            names = ("response_format", *GUIDED, "tools")
+            result.param = next((n for n in names if getattr(self, n, None)), self.subject)
             result.message = result.message.replace("structured_outputs", result.param, 1)
         return result
 
@@ -190,15 +188,35 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     subject = "messages"
 
     def check(self) -> None:
         super().check()
-        check_messages(self.messages)
+        check_tools(self.tools, self.tool_choice)
         _check_logprobs("top_logprobs", self.top_logprobs)
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid(f"top_logprobs needs logprobs to be true, got {self.top_logprobs}", "top_logprobs")
+
+    @property
+    def given_tools(self) -> list[dict[str, Any]] | None:
+        """Those that the model is told of."""
+        return None if self.tool_choice == "none" else self.tools or None
+
+    def structured(self) -> StructuredOutputsParams | None:
+        wanted, called = super().structured(), call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if called is None:
+            return wanted
+        if wanted is not None:
+            raise invalid("tool_choice asks for a call, which excludes another format of the text", "tool_choice")
+        try:
+            return StructuredOutputsParams(json=called)
+        except ValueError as error:
+            raise invalid(f"tools: {error}", "tools") from None
 
     def values(self) -> dict[str, Any]:
         values = super().values()
@@ -225,14 +243,18 @@ class TokenizeRequest(Body):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
     def check(self) -> None:
         super().check()
         if (self.prompt is None) == (self.messages is None):
             raise invalid("give prompt or messages, one of them", "prompt")
-        if self.messages is not None:
-            check_messages(self.messages)
+
+    @property
+    def given_tools(self) -> list[dict[str, Any]] | None:
+        return self.tools
 
 
 class DetokenizeRequest(Body):
@@ -260,16 +282,6 @@ def format_schema(value: Any) -> dict[str, Any] | None:
     if not isinstance(schema, dict):
         raise invalid(f"response_format: json_schema needs a schema, got {show(value)}", "response_format")
     return {"json": schema}
-
-
-def check_messages(messages: list[dict[str, Any]]) -> None:
-    """Roles; contents are checked where the template is rendered."""
-    for message in messages:
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise invalid(f"messages: role must be one of {', '.join(sorted(ROLES))}, got {show(role)}", "messages")
-        if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-            raise invalid(f"messages: a tool message needs tool_call_id, got {show(message)}", "messages")
 
 
 def _check_logprobs(name: str, value: int | None) -> None:
