@@ -150,6 +150,7 @@ class AsyncLLM:
         *,
         priority: int | None = None,
         cache_salt: str = "",
+        pooling: str = "",
     ) -> Prepared:
         """Every check of `generate`, and the tokenising, on a thread; nothing is queued."""
         self.attach()
@@ -160,7 +161,13 @@ class AsyncLLM:
             loop = asyncio.get_running_loop()  # a thread of its own: it must not keep others from tokenising
             await loop.run_in_executor(self._grammar_thread, self.engine.check_grammar, sampling_params)
         return await self.in_thread(
-            self.engine.prepare, request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt
+            self.engine.prepare,
+            request_id,
+            prompt,
+            sampling_params,
+            priority=priority,
+            cache_salt=cache_salt,
+            pooling=pooling,
         )
 
     def open(self, prepared: Sequence[Prepared]) -> Stream:

@@ -90,6 +90,16 @@ class LLM:
         prompts = [self.chat_prompt(one, add_generation_prompt, tools, chat_template_kwargs) for one in conversations]
         return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True, pooling: str = "last"
+    ) -> list[RequestOutput]:
+        """The prompts' embeddings, in `RequestOutput.embedding`: last hidden states pooled, of length 1.
+
+        pooling: "last" takes the last token's, "mean" that of all.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        return self._finish(self._prepare(prompts, params, pooling), use_tqdm)
+
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Cumulative outputs as they grow; those of several prompts come interleaved.
 
@@ -199,7 +209,7 @@ class LLM:
 
     # ---- helpers -----------------------------------------------------------------------------------------
 
-    def _prepare(self, prompts: Any, params: Params) -> list[Prepared]:
+    def _prepare(self, prompts: Any, params: Params, pooling: str = "") -> list[Prepared]:
         """Check everything; queue nothing."""
         self._need_open()
         if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and not _is_prompt(prompts[0])):
@@ -216,7 +226,7 @@ class LLM:
         prepared = []
         for i, (prompt, one) in enumerate(zip(prompts, each)):
             try:
-                prepared.append(self.engine.prepare(str(self._next_id + i), prompt, one))
+                prepared.append(self.engine.prepare(str(self._next_id + i), prompt, one, pooling=pooling))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
         self._next_id += len(prompts)

@@ -283,6 +283,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     arrival_time: float = 0.0
+    pooling: str = ""  # "last" or "mean": what of the prompt's last hidden states makes its embedding
     grammar: str = ""  # that its text must follow, for llguidance; "": none
     sibling: Request | None = None  # choice 0 of the same prompt, whose prompt blocks this one may share
     key: str = ""  # names the request to the KV allocator; unique for ever, unlike request_id
@@ -294,6 +295,7 @@ class Request:
     stop_reason: int | str | None = None
     error: str | None = None
     matcher: Any = None  # the state of its grammar after so many tokens (`engine.grammar.Matcher`)
+    embedding: bytes = b""  # float32 [hidden_size], of any length; a sum for "mean"
     num_cached_tokens: int = 0
     num_in_flight: int = 0  # sampled tokens that the host has not seen yet
     num_preemptions: int = 0
@@ -371,4 +373,5 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    embedding: list[float] | None = None  # of length 1, [hidden_size]
     metrics: RequestMetrics | None = field(default=None)

@@ -38,6 +38,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
         position again, write nothing that counts and sample nothing.
     scored: (row, its first position, best wanted, prompt ids that follow each of its scheduled tokens) where
         prompt_logprobs are wanted.
+    pooled: (row, its first position, whether all its tokens count or the last alone) where an embedding is wanted.
     """
 
     step: int
@@ -50,6 +51,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     relocations: list[tuple[int, int]] = []  # (src row, dst row), simultaneous
     frozen: list[int] = []
     scored: list[tuple[int, int, int, list[int]]] = []
+    pooled: list[tuple[int, int, bool]] = []
     joins: list[RowJoin] = []
     tables: list[tuple[int, int, list[int]]] = []  # (row, first entry, block ids)
     reserved_blocks: int = 0
@@ -79,12 +81,13 @@ class Scores(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Per sampled row, in row order; `prompt_scores` per entry of the plan's `scored`."""
+    """Per sampled row, in row order; `prompt_scores` per entry of the plan's `scored`, `pooled` of its `pooled`."""
 
     token_ids: IntArray
     finite: npt.NDArray[np.bool_]
     logprobs: Scores | None = None
     prompt_scores: tuple[Scores, ...] = ()
+    pooled: tuple[npt.NDArray[np.float32], ...] = ()  # [hidden_size]
     exhausted: npt.NDArray[np.bool_] | None = None  # not finite because every token is masked; None: none is
 
 

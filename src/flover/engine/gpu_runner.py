@@ -98,7 +98,7 @@ class GpuRunner(ModelRunner):
             edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
             self.edited.clear()
             alone = batch.counts == 1
-            if plan.scored:
+            if plan.scored or plan.pooled:
                 return self._scored(plan, batch, edits)
             if self._side is not None and alone.any() and not alone.all():
                 return self._overlapped(self._side, batch, alone, edits)
@@ -117,13 +117,14 @@ class GpuRunner(ModelRunner):
     def _scored(
         self, plan: BatchPlan, batch: Batch, edits: list[tuple[int, int, IntArray]]
     ) -> Callable[[], StepResult | Pending]:
-        """A step whose prompts are scored needs all its hidden states, so it runs kernel by kernel."""
+        """A step whose prompts are scored or pooled needs all its hidden states, so it runs kernel by kernel."""
         staged = self._lane.stage(batch, edits, capture=False)
         hidden = self._lane.hidden(staged.shape)
         first = dict(zip(batch.rows.tolist(), staged.begins.tolist()))
         scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
+        pooled = self._pool(plan, batch, hidden, first)
         logits, rows = self._lane.logits(staged.shape, hidden)
-        return lambda: self._read_back(self.sampler.sample(logits, rows), staged.entries[batch.samples], scores)
+        return lambda: self._read_back(self.sampler.sample(logits, rows), staged.entries[batch.samples], scores, pooled)
 
     def _overlapped(
         self, side: Lane, batch: Batch, alone: Mask, edits: list[tuple[int, int, IntArray]]
@@ -148,7 +149,9 @@ class GpuRunner(ModelRunner):
 
     # ---- what comes out ----------------------------------------------------------------------------------------------
 
-    def _read_back(self, output: SamplerOutput, where: Any, scores: tuple[Scores, ...]) -> Pending:
+    def _read_back(
+        self, output: SamplerOutput, where: Any, scores: tuple[Scores, ...], pooled: tuple[Any, ...] = ()
+    ) -> Pending:
         """Copy a step's tokens to pinned memory beside the next step's kernels.
 
         -1 is a token that is not finite, -2 one that is not because every token is masked.
@@ -178,7 +181,7 @@ class GpuRunner(ModelRunner):
             finite = tokens >= 0
             best = None if logprobs is None else Scores(*(part.numpy()[where] for part in logprobs))
             exhausted = None if output.exhausted is None else tokens == -2
-            return StepResult(tokens * finite, finite, best, scores, exhausted)
+            return StepResult(tokens * finite, finite, best, scores, pooled, exhausted)
 
         return Pending(event, read)
 

@@ -32,7 +32,13 @@ class InputProcessor:
         self._seeds = random.Random(config.engine.seed)
 
     def requests(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int | None, cache_salt: str
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int | None,
+        cache_salt: str,
+        pooling: str = "",
     ) -> tuple[str | None, list[Request]]:
         """-> the prompt's text, if there is one, and a request for each of its n choices."""
         if not isinstance(request_id, str) or not request_id:
@@ -43,6 +49,8 @@ class InputProcessor:
             raise ValueError(f"priority must be an integer, got {show(priority)}")
         if not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt must be a string, got {show(cache_salt)}")
+        if pooling not in ("", "last", "mean"):
+            raise ValueError(f"pooling must be last or mean, got {show(pooling)}")
         text, ids = self._prompt(prompt)
         self._check(params)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
@@ -66,6 +74,7 @@ class InputProcessor:
                 priority=params.priority if priority is None else priority,
                 cache_salt=cache_salt,
                 grammar=grammar,
+                pooling=pooling,
                 sibling=requests[0] if requests else None,
                 logprobs=None if params.logprobs is None else [],
             )

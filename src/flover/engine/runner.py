@@ -152,15 +152,17 @@ class ModelRunner:
         ends = np.cumsum(batch.counts)
         first = dict(zip(batch.rows.tolist(), (ends - batch.counts).tolist()))
         scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
+        pooled = self._pool(plan, batch, hidden, first)
         if not batch.samples.any():
-            return lambda: self.empty_result()._replace(prompt_scores=scores)
+            return lambda: self.empty_result()._replace(prompt_scores=scores, pooled=pooled)
         logits = self.model.compute_logits(hidden[self._tensor(ends[batch.samples] - 1)])
 
         def sample() -> StepResult:
             output = self.sampler.sample(logits, self._tensor(batch.rows[batch.samples]))
             logprobs = None if output.logprobs is None else Scores(*(part.cpu().numpy() for part in output.logprobs))
             exhausted = None if output.exhausted is None else output.exhausted.cpu().numpy()
-            return StepResult(output.token_ids.cpu().numpy(), output.finite.cpu().numpy(), logprobs, scores, exhausted)
+            tokens, finite = output.token_ids.cpu().numpy(), output.finite.cpu().numpy()
+            return StepResult(tokens, finite, logprobs, scores, pooled, exhausted)
 
         return sample
 
@@ -245,6 +247,14 @@ class ModelRunner:
         )
         hidden: Tensor = self.model.forward(input_ids, self._tensor(positions), ctx)
         return hidden
+
+    def _pool(
+        self, plan: BatchPlan, batch: Batch, hidden: Tensor, first: dict[int, int]
+    ) -> tuple[npt.NDArray[np.float32], ...]:
+        """A plan's `pooled`. first: of each row, where its tokens begin in `hidden`."""
+        counts = dict(zip(batch.rows.tolist(), batch.counts.tolist())) if plan.pooled else {}
+        parts = [(hidden[first[row] : first[row] + counts[row]].float(), mean) for row, _, mean in plan.pooled]
+        return tuple((part.sum(0) if mean else part[-1]).cpu().numpy() for part, mean in parts)
 
     def _score(self, hidden: Tensor, best: int, ids: list[int]) -> Scores:
         """Log-probabilities of the prompt tokens `ids`, each predicted by one row of hidden, slice by slice."""

@@ -164,7 +164,7 @@ class Scheduler:
         if not (np.count_nonzero(scheduled) or leaves or frozen or moves):
             return None
         freed = self.kv.drain_freed()
-        ids, scored = self._prefill_ids(chunks)
+        ids, scored, pooled = self._prefill_ids(chunks)
         plan = BatchPlan(
             step=self._steps,
             num_rows=len(self.table),
@@ -177,6 +177,7 @@ class Scheduler:
             frozen=frozen,
             joins=joins,
             scored=scored,
+            pooled=pooled,
             tables=[(request.row, start, blocks) for request, start, blocks in tables if request.row >= 0],
             reserved_blocks=self.kv.num_reserved_blocks,
             masked=self._num_grammars > 0,
@@ -319,20 +320,25 @@ class Scheduler:
             heapq.heappush(self._waiting, entry)
         return chunks, joins
 
-    def _prefill_ids(self, chunks: dict[int, int]) -> tuple[list[int], list[tuple[int, int, int, list[int]]]]:
-        """Ids of the scheduled prefill tokens, rows in order; and those to score where prompt_logprobs are wanted."""
+    def _prefill_ids(
+        self, chunks: dict[int, int]
+    ) -> tuple[list[int], list[tuple[int, int, int, list[int]]], list[tuple[int, int, bool]]]:
+        """Ids of the scheduled prefill tokens, rows in order; and a plan's `scored` and `pooled`."""
         ids: list[int] = []
+        pooled: list[tuple[int, int, bool]] = []
         scored: list[tuple[int, int, int, list[int]]] = []
         for row, chunk in sorted(chunks.items()):
             request = self.table.requests[row]
             start = int(self.table.computed[row])
             end, prompt = start + chunk, request.num_prompt_tokens
             ids += request.token_ids[start:end]
+            if request.pooling:
+                pooled.append((row, start, request.pooling == "mean"))
             if request.prompt_logprobs >= 0 and len(request.prompt_logprob_list or ()) < prompt:
                 scored.append(
                     (row, start, request.prompt_logprobs, request.token_ids[start + 1 : min(end + 1, prompt)])
                 )
-        return ids, scored
+        return ids, scored, pooled
 
     def _ready(self, request: Request) -> bool:
         """Not while tokens are in flight for it, while its grammar or the prompt it may share is still computed."""
@@ -346,7 +352,7 @@ class Scheduler:
     def _place(self, request: Request) -> Grant | None:
         """Memory for a request's known tokens, with a block to spare for each running row, so that none thrashes."""
         sibling = request.sibling
-        share = self.prefix_caching and request.prompt_logprobs < 0
+        share = self.prefix_caching and request.prompt_logprobs < 0 and not request.pooling
         if (
             share
             and sibling

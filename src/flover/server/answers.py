@@ -13,8 +13,8 @@ from typing import Any
 import flover
 from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
 from flover.server.errors import SERVER, ApiError
-from flover.server.protocol import ChatCompletionRequest, CompletionRequest
-from flover.server.sse import event
+from flover.server.protocol import ChatCompletionRequest, GenerationRequest
+from flover.server.sse import DONE, event
 from flover.server.tools import CallWriter, call_writer
 
 Answer = dict[str, Any]
@@ -24,16 +24,17 @@ class Completion:
     """The answer to a completion. `num_prompts` prompts, numbered as in the request."""
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+    done = DONE  # after the last event
 
     def __init__(
         self,
-        request: CompletionRequest | ChatCompletionRequest,
+        request: GenerationRequest,
         model: str,
         num_prompts: int,
         tool_format: str | None = None,
     ) -> None:
         self.request, self.num_prompts, self.tool_format = request, num_prompts, tool_format
-        self.n = request.n or 1
+        self.n, self.include_usage = request.n or 1, request.include_usage
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
         self._newest: dict[int, RequestOutput] = {}  # by prompt
@@ -56,7 +57,7 @@ class Completion:
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
         """The answer as it grows; ApiError ends it early."""
         head = {"id": self.id, "object": self.chunk_object, **self._head}
-        usage = {"usage": None} if self.request.include_usage else {}
+        usage = {"usage": None} if self.include_usage else {}
         sent: dict[int, tuple[int, int]] = {}  # choice -> characters and logprobs given out
         over: set[int] = set()
         for i in range(self.n * self.num_prompts):
@@ -77,8 +78,12 @@ class Completion:
                 sent[i] = (len(choice.text), len(choice.logprobs or ()))
                 if delta is not None:
                     yield event({**head, "choices": [delta], **usage})
-        if self.request.include_usage:
+        if self.include_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
+
+    def error_event(self, error: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return event(error.body)
 
     # ---- what differs in a chat --------------------------------------------------------------------------------------
 
@@ -107,7 +112,7 @@ class Completion:
             if not scored and self._echo(output):
                 prompt = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
                 tokens, entries = [*output.prompt_token_ids, *tokens], [*prompt, *entries]
-            logprobs = completion_logprobs(tokens, entries, offset, self.request.logprobs or 0)
+            logprobs = completion_logprobs(tokens, entries, offset, getattr(self.request, "logprobs", None) or 0)
         return {"index": index, "text": text, "logprobs": logprobs, **_ending(choice)}
 
     # ---- helpers -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
 from flover.request import ContextLengthError, SamplingParams
 from flover.server.answers import ChatCompletion, Completion
+from flover.server.embeddings import ONE_TOKEN, EmbeddingAnswer, EmbeddingRequest
 from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
 from flover.server.middleware import Auth, Bodies, RequestId
 from flover.server.protocol import (
@@ -29,6 +30,7 @@ from flover.server.protocol import (
     TokenizeRequest,
     decode,
 )
+from flover.server.responses import ResponseAnswer, ResponsesRequest
 from flover.server.service import Service
 from flover.server.sse import send_events, until_disconnect
 
@@ -55,6 +57,8 @@ def routes(service: Service) -> list[Route]:
         Route("/v1/models/{model_id:path}", _get(service, model)),
         Route("/v1/completions", Generation(service, CompletionRequest, Completion), methods=["POST"]),
         Route("/v1/chat/completions", Generation(service, ChatCompletionRequest, ChatCompletion), methods=["POST"]),
+        Route("/v1/responses", Generation(service, ResponsesRequest, ResponseAnswer), methods=["POST"]),
+        Route("/v1/embeddings", Generation(service, EmbeddingRequest, EmbeddingAnswer), methods=["POST"]),
         Route("/tokenize", _get(service, tokenize), methods=["POST"]),
         Route("/detokenize", _get(service, detokenize), methods=["POST"]),
         Route("/livez", _get(service, livez)),
@@ -70,7 +74,7 @@ def routes(service: Service) -> list[Route]:
 class Generation:
     """An endpoint that generates; plain ASGI, so that it sees the client go."""
 
-    def __init__(self, service: Service, kind: type[CompletionRequest | ChatCompletionRequest], answer: Any) -> None:
+    def __init__(self, service: Service, kind: type[GenerationRequest], answer: Any) -> None:
         self.service, self.kind, self.answer = service, kind, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,17 +84,19 @@ class Generation:
 
     def _decode(self, body: bytes) -> tuple[GenerationRequest, SamplingParams]:
         request = decode(body, self.kind)
-        chat = isinstance(request, ChatCompletionRequest)
+        if isinstance(request, EmbeddingRequest):
+            return request, ONE_TOKEN
+        chat = not isinstance(request, CompletionRequest)
         return request, request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
 
     async def _answer(
         self, request: GenerationRequest, params: SamplingParams, scope: Scope, receive: Receive, send: Send
     ) -> None:
         service, model = self.service, self.service.check_model(request.model)
-        if isinstance(request, CompletionRequest):
+        if isinstance(request, CompletionRequest | EmbeddingRequest):
             prompts = request.prompts()
         else:
-            assert isinstance(request, ChatCompletionRequest)
+            assert isinstance(request, ChatCompletionRequest | ResponsesRequest)
             prompts = [await conversation(service, request)]
         request.check_rows(len(prompts))
         service.check_room(params.n * len(prompts))  # before the work; what came meanwhile is seen below
@@ -103,7 +109,7 @@ class Generation:
         try:
             outputs = _outputs(stream)
             if request.stream:
-                await send_events(send, answer.events(outputs))
+                await send_events(send, answer.events(outputs), answer.error_event, answer.done)
             else:
                 await _json(await answer.whole(outputs))(scope, receive, send)
         finally:
@@ -113,7 +119,8 @@ class Generation:
         self, request: GenerationRequest, prompt: Any, params: SamplingParams, request_id: str, salt: str
     ) -> Prepared:
         try:
-            prepared = await self.service.llm.prepare(prompt, params, request_id, cache_salt=salt)
+            pooling = (request.pooling or "last") if isinstance(request, EmbeddingRequest) else ""
+            prepared = await self.service.llm.prepare(prompt, params, request_id, cache_salt=salt, pooling=pooling)
             wanted, length = request.values().get("max_tokens"), len(prepared.prompt_token_ids)
             if wanted is not None and length + wanted > self.service.max_model_len:
                 raise ContextLengthError(
@@ -135,7 +142,7 @@ async def _outputs(stream: Stream) -> Any:
         raise engine_dead() from None
 
 
-async def conversation(service: Service, request: ChatCompletionRequest | TokenizeRequest) -> Any:
+async def conversation(service: Service, request: ChatCompletionRequest | ResponsesRequest | TokenizeRequest) -> Any:
     """The prompt of a chat, as the model's template makes it."""
     more = request.chat_template_kwargs
     try:
@@ -143,7 +150,8 @@ async def conversation(service: Service, request: ChatCompletionRequest | Tokeni
             request.messages or [], request.add_generation_prompt is not False, request.given_tools, more
         )
     except ValueError as error:
-        raise from_value_error(error, ("chat_template_kwargs",), "messages") from None
+        subject = "input" if isinstance(request, ResponsesRequest) else "messages"
+        raise from_value_error(error, ("chat_template_kwargs",), subject) from None
 
 
 async def _body(service: Service, request: Request, read: Callable[[bytes], T]) -> T:

@@ -131,7 +131,7 @@ class GenerationRequest(Body):
         """A ValueError about this request."""
         result = from_value_error(error, type(self).model_fields, self.subject)
         if result.param == "structured_outputs" and self.structured_outputs is None:
-            names = ("response_format", *GUIDED, "tools")
+            names = ("response_format", *GUIDED, "tools", "text")
             result.param = next((n for n in names if getattr(self, n, None)), self.subject)
             result.message = result.message.replace("structured_outputs", result.param, 1)
         return result
@@ -160,7 +160,7 @@ class CompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        _check_logprobs("logprobs", self.logprobs)
+        check_logprobs("logprobs", self.logprobs)
 
     def values(self) -> dict[str, Any]:
         scored = {"prompt_logprobs": self.logprobs} if self.echo and self.logprobs is not None else {}
@@ -168,18 +168,7 @@ class CompletionRequest(GenerationRequest):
 
     def prompts(self) -> list[Any]:
         """One prompt for the engine each: text or a list of token ids."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt, list) and prompt:
-            if all(isinstance(one, int) for one in prompt):
-                return [prompt]
-            if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
-                if len(prompt) > MAX_ROWS:
-                    raise invalid(f"prompt holds {len(prompt)} prompts, the limit is {MAX_ROWS}", "prompt")
-                return prompt
-        wanted = "text, a list of texts, a list of token ids or a list of such lists"
-        raise invalid(f"prompt must be {wanted}, and not empty; got {show(prompt)}", "prompt")
+        return prompts_of("prompt", self.prompt)
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -198,7 +187,7 @@ class ChatCompletionRequest(GenerationRequest):
     def check(self) -> None:
         super().check()
         check_tools(self.tools, self.tool_choice)
-        _check_logprobs("top_logprobs", self.top_logprobs)
+        check_logprobs("top_logprobs", self.top_logprobs)
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid(f"top_logprobs needs logprobs to be true, got {self.top_logprobs}", "top_logprobs")
 
@@ -262,29 +251,44 @@ class DetokenizeRequest(Body):
     tokens: list[int]
 
 
-def format_schema(value: Any) -> dict[str, Any] | None:
-    """OpenAI's response_format as `StructuredOutputsParams` has it; None: any text.
+def prompts_of(name: str, prompt: Any) -> list[Any]:
+    """Prompts for the engine, text or a list of token ids each; ApiError for what is none. name: of the field."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(one, int) for one in prompt):
+            return [prompt]
+        if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
+            if len(prompt) > MAX_ROWS:
+                raise invalid(f"{name} holds {len(prompt)} prompts, the limit is {MAX_ROWS}", name)
+            return prompt
+    wanted = "text, a list of texts, a list of token ids or a list of such lists"
+    raise invalid(f"{name} must be {wanted}, and not empty; got {show(prompt)}", name)
+
+
+def format_schema(value: Any, name: str = "response_format") -> dict[str, Any] | None:
+    """OpenAI's response_format as `StructuredOutputsParams` has it; None: any text. name: of the field.
 
     Raises:
         ApiError: another type, or a json_schema without a schema.
     """
-    kind = (value or {"type": "text"}).get("type")
+    if not isinstance(value, dict):
+        value = {"type": "text" if value is None else value}
+    kind = value.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
         return {"json_object": True}
     if kind != "json_schema":
-        raise invalid(
-            f"response_format: type must be text, json_object or json_schema, got {show(kind)}", "response_format"
-        )
+        raise invalid(f"{name}: type must be text, json_object or json_schema, got {show(kind)}", name)
     named = value.get("json_schema")
     schema = named.get("schema") if isinstance(named, dict) else None
     if not isinstance(schema, dict):
-        raise invalid(f"response_format: json_schema needs a schema, got {show(value)}", "response_format")
+        raise invalid(f"{name}: json_schema needs a schema, got {show(value)}", name)
     return {"json": schema}
 
 
-def _check_logprobs(name: str, value: int | None) -> None:
+def check_logprobs(name: str, value: int | None) -> None:
     if value is not None and not 0 <= value <= MAX_LOGPROBS:
         raise invalid(f"{name} must be in [0, {MAX_LOGPROBS}], got {show(value)}", name)
 
