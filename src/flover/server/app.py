@@ -22,7 +22,9 @@ from flover.server.answers import ChatCompletion, Completion
 from flover.server.embeddings import ONE_TOKEN, EmbeddingAnswer, EmbeddingRequest
 from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
 from flover.server.middleware import Auth, Bodies, RequestId
+from flover.server.openapi import openapi
 from flover.server.protocol import (
+    Body,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -66,6 +68,7 @@ def routes(service: Service) -> list[Route]:
         Route("/health", _get(service, readyz)),
         Route("/ping", _get(service, readyz), methods=["GET", "POST"]),
         Route("/version", _get(service, version)),
+        Route("/openapi.json", _get(service, document)),
         Route("/load", _get(service, load)),
         Route("/metrics", _get(service, metrics)),
     ]
@@ -242,6 +245,33 @@ async def readyz(service: Service, request: Request) -> Response:
 
 async def version(service: Service, request: Request) -> Response:
     return _json({"version": flover.__version__})
+
+
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+TOLD = {
+    "/v1/models": ("application/json", "the models"),
+    "/v1/models/{model_id}": ("application/json", "one model"),
+    "/livez": ("application/json", "this process answers"),
+    "/readyz": ("application/json", "requests are taken in"),
+    "/health": ("application/json", "requests are taken in"),
+    "/ping": ("application/json", "requests are taken in"),
+    "/load": ("application/json", "how much there is to do"),
+    "/version": ("application/json", "of Flover"),
+    "/metrics": ("text/plain", "Prometheus' text format"),
+    "/openapi.json": ("application/json", "this document"),
+}
+
+
+async def document(service: Service, request: Request) -> Response:
+    """The OpenAPI document."""
+    return _json(openapi(BODIES, TOLD))
 
 
 async def load(service: Service, request: Request) -> Response:
