@@ -1,4 +1,4 @@
-"""The command line: `flover generate | chat | serve | plan | profile | bench | doctor`.
+"""The command line: `flover generate | chat | serve | run-batch | plan | profile | bench | doctor`.
 
 Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
 by commands that need it.
@@ -88,6 +88,9 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(help="of a request; more is a 413")] = 8 << 20,
     body_timeout: Annotated[float, typer.Option(help="seconds for a request to arrive")] = 30.0,
     drain_timeout: Annotated[float, typer.Option(help="seconds that requests have to finish after SIGTERM")] = 30.0,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="hermes, llama3_json or mistral; else the template's")
+    ] = None,
     engine: dict[str, Any],
 ) -> int:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
@@ -102,8 +105,23 @@ def serve(
         "max_body_bytes": max_body_bytes,
         "body_timeout": body_timeout,
         "drain_timeout": drain_timeout,
+        "tool_call_parser": tool_call_parser,
     }
     return run_serve(name, api_key or (), server, engine)
+
+
+@app.command("run-batch")
+@with_options(engine=EngineConfig)
+def run_batch(
+    *,
+    input: Annotated[Path, typer.Option("--input-file", "-i", help="requests in OpenAI's batch format, JSON lines")],
+    output: Annotated[Path, typer.Option("--output-file", "-o", help="a line for each of them, once all are there")],
+    engine: dict[str, Any],
+) -> int:
+    """Serve a file of requests: chats, completions, responses, embeddings."""
+    from flover.cli.serve import run_batch_file
+
+    return run_batch_file(input, output, engine)
 
 
 @app.command()

@@ -40,6 +40,8 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
     priority: int
     cache_salt: str
     arrival_time: float
+    grammar: str
+    pooling: str
     sibling: str | None
 
     @classmethod
@@ -55,6 +57,8 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             request.priority,
             request.cache_salt,
             request.arrival_time,
+            request.grammar,
+            request.pooling,
             None if request.sibling is None else request.sibling.request_id,
         )
 
@@ -71,6 +75,8 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             self.priority,
             self.cache_salt,
             self.arrival_time,
+            self.pooling,
+            self.grammar,
             sibling,
             logprobs=[] if self.sampling.logprobs >= 0 else None,
         )
@@ -106,6 +112,7 @@ class Ended(msgspec.Struct, array_like=True):
     reason: FinishReason | None
     stop_reason: int | str | None
     error: str | None
+    embedding: bytes
     num_cached_tokens: int
     num_preemptions: int
     cumulative_logprob: float

@@ -15,6 +15,7 @@ from flover.request import RequestOutput
 from flover.server.errors import ApiError, draining, engine_dead
 from flover.server.load import Load
 from flover.server.metrics import Metrics
+from flover.server.tool_parsers import FORMATS, detect
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class ServerConfig:
         max_body_bytes: of a request. body_timeout: seconds for it to arrive.
         max_queued_requests, max_queued_tokens: that may wait for a place in the batch; more is a 429.
         drain_timeout: seconds that running requests have after SIGTERM.
+        tool_call_parser: how the model writes tool calls; None: as its chat template says.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +41,7 @@ class ServerConfig:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     drain_timeout: float = 30.0
+    tool_call_parser: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -49,6 +52,8 @@ class ServerConfig:
         for name in ("body_timeout", "drain_timeout"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ValueError(f"{name} must be a number of seconds, got {getattr(self, name)}")
+        if self.tool_call_parser is not None and self.tool_call_parser not in FORMATS:
+            raise ValueError(f"tool_call_parser must be one of {', '.join(FORMATS)}, got {self.tool_call_parser!r}")
         if not all(key.strip() for key in self.api_keys):
             raise ValueError("an API key is empty")
         if not all(name.strip() for name in self.served_model_names):
@@ -69,6 +74,8 @@ class Service:
         self.metrics = Metrics(self.load, kv.num_blocks * kv.block_size * kv.bytes_per_token, self.model_names[0])
         self.completion_params = llm.get_default_sampling_params()
         self.chat_params = llm.get_default_chat_params()
+        tokenizer = llm.engine.tokenizer
+        self.tool_format = config.tool_call_parser or detect(tokenizer.chat_template if tokenizer else None)
         self.draining = False
         self.dead = asyncio.Event()
         llm.observer = self
