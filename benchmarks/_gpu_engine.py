@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import time
@@ -10,13 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from flover.bench.engines import EngineSystem
+from flover.bench.records import Job, Run
 from flover.bound import Bound, Limits
 from flover.config import EngineConfig
-from flover.engine.engine import EngineCore
-from flover.profile import random_request
-from flover.request import Request
 
 
 def llama(hidden: int, size: int, layers: int, heads: int, kv_heads: int, vocab: int, length: int) -> dict[str, Any]:
@@ -61,12 +57,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class Engine:
-    """A core with random weights, its bound, and the clock around what it runs."""
+    """The engine with random weights (`bench.engines`), its bound, and jobs of given lengths."""
 
     def __init__(self, path: Path, limits: Limits, settings: dict[str, Any]) -> None:
         started = time.perf_counter()
         config = EngineConfig(str(path), load_format="dummy", enable_prefix_caching=False, **settings)
-        self.core = EngineCore(config)
+        self.system = EngineSystem("fused", config)
+        self.core = self.system.core
         self.start_up = time.perf_counter() - started
         self.core.warm_up()
         self.settings = settings
@@ -74,43 +71,24 @@ class Engine:
         self.bound = Bound(self.core, limits)
         self.max_model_len = self.core.resolved.scheduler.max_model_len
 
-    def run(
-        self, lengths: Sequence[tuple[int, int]], arrivals: Sequence[float] = (), gaps: list[float] | None = None
-    ) -> tuple[float, list[Request]]:
-        """Seconds from the first arrival to the last token, and the requests.
+    def run(self, lengths: Sequence[tuple[int, int]], arrivals: Sequence[float] = ()) -> Run:
+        """Serve prompts of random ids; `duration` is from the first arrival to the last token.
 
         Args:
-            lengths: prompt and output tokens of each. arrivals: ascending, seconds; none: all at once. A request has
-                arrived when it should have, whenever the loop came to see it.
-            gaps: gets the seconds between any two tokens of a request.
+            lengths: prompt and output tokens of each. arrivals: ascending, seconds; none: all at once.
         """
-        core = self.core
-        requests = [random_request(core, self._rng, str(i), n, m) for i, (n, m) in enumerate(lengths)]
-        due = list(arrivals) or [0.0] * len(requests)
-        seen: dict[str, float] = {}
-        added, started = 0, core.clock()
-        while added < len(requests) or core.has_unfinished():
-            now = core.clock() - started
-            while added < len(requests) and due[added] <= now:
-                requests[added].arrival_time = started + due[added]
-                core.add(requests[added])
-                added += 1
-            if not core.has_unfinished():
-                continue
-            output = core.step()
-            if gaps is not None:
-                now = core.clock()
-                gaps.extend(now - seen[r.request_id] for r in output.requests if r.request_id in seen)
-                seen.update((r.request_id, now) for r in output.requests)
-        return core.clock() - started, requests
+        vocab, due = self.core.resolved.model.vocab_size, list(arrivals) or [0.0] * len(lengths)
+        jobs = [Job(at, tuple(self._rng.randrange(vocab) for _ in range(n)), m) for at, (n, m) in zip(due, lengths)]
+        run = self.system.run(jobs)
+        errors = [record.error for record in run.records if record.error]
+        if errors:
+            raise RuntimeError(f"{len(errors)} requests failed: {errors[0]}")
+        return run
 
     def close(self) -> None:
         """Give the memory back: another engine may be started."""
-        self.core.shutdown()
         del self.core
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.system.close()
 
 
 class Bench:

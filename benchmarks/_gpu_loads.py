@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from _gpu_engine import Bench, Engine
 
-from flover.bench.workload import Lognormal
+from flover.bench.workload import Lognormal, make_jobs
+from flover.bench.workload import poisson as arrivals
 from flover.config import CHOICES
 from flover.metrics import Distribution
 
@@ -18,23 +20,16 @@ VLLM_POISSON = {4: (41, 4.94), 16: (56, 5.84), 32: (76, 6.46)}
 
 
 def poisson_trace(rate: float, count: int, limit: int, seed: int = 0) -> tuple[list[tuple[int, int]], list[float]]:
-    """Prompt and output lengths (each in [4, limit], together at most `limit`), and arrivals in seconds."""
-    rng = random.Random(seed)
-    prompt, output = Lognormal.of(200, 700), Lognormal.of(180, 500)
-    lengths, arrivals, now = [], [], 0.0
-    for _ in range(count):
-        n = min(max(4, round(rng.lognormvariate(prompt.mu, prompt.sigma))), limit - 4)
-        m = min(max(4, round(rng.lognormvariate(output.mu, output.sigma))), limit - n)
-        lengths.append((n, m))
-        arrivals.append(now)
-        now += rng.expovariate(rate)
-    return lengths, arrivals
+    """Prompt and output lengths, together at most `limit`, and arrivals in seconds."""
+    laws = Lognormal.of(200, 700), Lognormal.of(180, 500)
+    jobs = make_jobs(arrivals(rate), *laws, count, 2, seed, limit, shrink=True)
+    return [(len(job.prompt), job.num_output) for job in jobs], [job.arrival for job in jobs]
 
 
 def warm(engine: Engine, bench: Bench) -> None:
     """What a load of changing batch sizes meets beside the captured shapes."""
-    lengths, arrivals = poisson_trace(32, bench.small(96, 2), bench.small(1900, 64), seed=1)
-    engine.run([(n, min(m, 32)) for n, m in lengths], arrivals)
+    lengths, due = poisson_trace(32, bench.small(96, 2), bench.small(1900, 64), seed=1)
+    engine.run([(n, min(m, 32)) for n, m in lengths], due)
 
 
 def poisson(bench: Bench, rates: Sequence[int], most: int = 150, **settings: Any) -> list[dict[str, Any]]:
@@ -44,11 +39,11 @@ def poisson(bench: Bench, rates: Sequence[int], most: int = 150, **settings: Any
     rows = []
     for rate in rates:
         count = bench.small(min(most, 25 * rate), 4)
-        lengths, arrivals = poisson_trace(rate, count, min(bench.small(1900, 64), engine.max_model_len))
-        gaps: list[float] = []
-        seconds, done = engine.run(lengths, arrivals, gaps)
-        ttft = Distribution.of([r.first_token_time - r.arrival_time for r in done])
-        tpot = [(r.last_token_time - r.first_token_time) / (r.num_output_tokens - 1) for r in done]
+        lengths, due = poisson_trace(rate, count, min(bench.small(1900, 64), engine.max_model_len))
+        run = engine.run(lengths, due)
+        ttft = Distribution.of([record.ttft for record in run.records])
+        tpot = [record.tpot for record in run.records if len(record.times) > 1]
+        gaps = [b - a for record in run.records for a, b in pairwise(record.times)]
         row: dict[str, Any] = {
             "requests_per_s": rate,
             "requests": count,
@@ -58,7 +53,7 @@ def poisson(bench: Bench, rates: Sequence[int], most: int = 150, **settings: Any
             "p99_ttft_ms": round(ttft.p99 * 1e3, 1),
             "mean_tpot_ms": round(statistics.fmean(tpot) * 1e3, 3),
             "p99_itl_ms": round(Distribution.of(gaps).p99 * 1e3, 2),
-            "seconds": round(seconds, 2),
+            "seconds": round(run.duration, 2),
         }
         if bench.name == "llama3-8b" and rate in VLLM_POISSON:
             row["vllm_p99_ttft_ms"], row["vllm_mean_tpot_ms"] = VLLM_POISSON[rate]
@@ -69,9 +64,9 @@ def poisson(bench: Bench, rates: Sequence[int], most: int = 150, **settings: Any
 
 def throughput(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """All requests at once: output tokens/s beside the bound of the whole trace."""
-    seconds, requests = engine.run(lengths)
-    outputs, bound = sum(m for _, m in lengths), engine.bound.trace(lengths)
-    assert sum(r.num_output_tokens for r in requests) == outputs
+    run = engine.run(lengths)
+    seconds, outputs, bound = run.duration, sum(m for _, m in lengths), engine.bound.trace(lengths)
+    assert sum(len(record.token_ids) for record in run.records) == outputs
     return {
         "requests": len(lengths),
         "prompt_tokens": sum(n for n, _ in lengths),
@@ -80,7 +75,7 @@ def throughput(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, 
         "bound_s": round(bound, 3),
         "share_of_bound": round(bound / seconds, 3),
         "output_tokens_per_s": round(outputs / seconds),
-        "preemptions": sum(r.num_preemptions for r in requests),
+        "preemptions": sum(record.num_preemptions for record in run.records),
     }
 
 

@@ -45,8 +45,8 @@ def decode(bench: Bench, batches: Sequence[int], **settings: Any) -> list[dict[s
     prompt, few, many = bench.small(128), bench.small(16, 2), bench.small(256, 8)
     for batch in batches:
         engine.run([(prompt, few)] * batch)  # capture
-        short = min(engine.run([(prompt, few)] * batch)[0] for _ in range(3))
-        long = min(engine.run([(prompt, many)] * batch)[0] for _ in range(2))
+        short = min(engine.run([(prompt, few)] * batch).duration for _ in range(3))
+        long = min(engine.run([(prompt, many)] * batch).duration for _ in range(2))
         rows.append(
             step_row(batch, (long - short) / (many - few), engine.bound.decode(batch, prompt + (few + many) / 2))
         )
@@ -103,7 +103,7 @@ def prefill(bench: Bench, shapes: Sequence[tuple[int, int]]) -> list[dict[str, A
     engine, rows = bench.engine(), []
     for count, length in shapes:
         length = bench.small(length)
-        seconds = min(engine.run([(length, 1)] * count)[0] for _ in range(4))
+        seconds = min(engine.run([(length, 1)] * count).duration for _ in range(4))
         limit = engine.bound.prefill(count, length)
         rows.append(
             {
@@ -123,11 +123,11 @@ def paper(bench: Bench, intervals: Sequence[float]) -> list[dict[str, Any]]:
     """32 requests, 8 in and 504 out, at fixed intervals; and one alone."""
     engine, outputs = bench.engine(), bench.small(504, 4)
     engine.run([(8, 8)] * 32)
-    alone = engine.run([(8, outputs)])[0]
+    alone = engine.run([(8, outputs)]).duration
     rows: list[dict[str, Any]] = [{"requests": 1, "makespan_s": round(alone, 3)}]
     for interval in intervals:
         arrivals = [i * interval / bench.scale for i in range(32)]
-        makespan, _ = engine.run([(8, outputs)] * 32, arrivals)
+        makespan = engine.run([(8, outputs)] * 32, arrivals).duration
         after = makespan - arrivals[-1]
         rows.append(
             {"requests": 32, "interval_s": interval, "makespan_s": round(makespan, 3), "after_last_s": round(after, 3)}
@@ -180,7 +180,7 @@ def against_transformers(bench: Bench) -> dict[str, Any]:
     seconds = run_transformers(bench.name)
     engine = bench.engine()
     lengths = [(bench.small(n), bench.small(m, 2)) for n, m in BATCH]
-    ours = min(engine.run(lengths)[0] for _ in range(3))
+    ours = min(engine.run(lengths).duration for _ in range(3))
     tokens, limit = sum(m for _, m in lengths), engine.bound.trace(lengths)
     result: dict[str, Any] = {
         "flover_tokens_per_s": round(tokens / ours),

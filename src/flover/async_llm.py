@@ -8,7 +8,7 @@ Invariant: a request ends exactly once, by its own end, an abort, or the death o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -107,6 +107,7 @@ class AsyncLLM:
         self._core.wait_until_ready()
         self.engine = LLMEngine(self._config, self._core)
         self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="flover-tokenizer")
+        self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="flover-grammar")
         self._streams: dict[str, Stream] = {}  # by request id, until its last output
         self.observer: Observer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -153,14 +154,24 @@ class AsyncLLM:
         *,
         priority: int | None = None,
         cache_salt: str = "",
+        pooling: str = "",
     ) -> Prepared:
         """Every check of `generate`, and the tokenising, on a thread; nothing is queued."""
         self.attach()
         if not request_id:
             self._next_id += 1
             request_id = f"request-{self._next_id}"
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            loop = asyncio.get_running_loop()  # a thread of its own: it must not keep others from tokenising
+            await loop.run_in_executor(self._grammar_thread, self.engine.check_grammar, sampling_params)
         return await self.in_thread(
-            self.engine.prepare, request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt
+            self.engine.prepare,
+            request_id,
+            prompt,
+            sampling_params,
+            priority=priority,
+            cache_salt=cache_salt,
+            pooling=pooling,
         )
 
     def open(self, prepared: Sequence[Prepared]) -> Stream:
@@ -183,9 +194,17 @@ class AsyncLLM:
             raise
         return stream
 
-    async def chat_prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> Prompt:
+    async def chat_prompt(
+        self,
+        messages: Conversation,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
         """A conversation as the prompt that the model's template makes of it, on a thread."""
-        return await self.in_thread(chat_prompt, self.engine, messages, add_generation_prompt)
+        return await self.in_thread(
+            chat_prompt, self.engine, messages, add_generation_prompt, tools, chat_template_kwargs
+        )
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what would hold the loop up, such as tokenising, on one of the tokenizer's threads."""
@@ -246,7 +265,8 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """End the engine; streams that are open get `EngineDeadError`."""
         self._fail(EngineDeadError("the engine was shut down"))
-        self._core.shutdown()
+        self.engine.shutdown()
+        self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- the reader --------------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """As `generate`, for conversations, which the model's chat template renders.
 
@@ -78,13 +80,25 @@ class LLM:
 
         Args:
             messages: one list of {"role", "content"}, or a list of such lists.
+            tools: told to the model by the template, as OpenAI has them; its calls are text.
+            chat_template_kwargs: more variables for the template, such as enable_thinking.
         """
         many = _is_list(messages) and bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
         if sampling_params is None:
             sampling_params = self.get_default_chat_params()
-        prompts = [self.chat_prompt(one, add_generation_prompt) for one in conversations]
+        prompts = [self.chat_prompt(one, add_generation_prompt, tools, chat_template_kwargs) for one in conversations]
         return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], use_tqdm: bool = True, pooling: str = "last"
+    ) -> list[RequestOutput]:
+        """The prompts' embeddings, in `RequestOutput.embedding`: last hidden states pooled, of length 1.
+
+        pooling: "last" takes the last token's, "mean" that of all.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        return self._finish(self._prepare(prompts, params, pooling), use_tqdm)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Cumulative outputs as they grow; those of several prompts come interleaved.
@@ -144,9 +158,15 @@ class LLM:
             if output.request_id in self._inboxes:
                 self._inboxes[output.request_id][output.request_id] = output
 
-    def chat_prompt(self, messages: Conversation, add_generation_prompt: bool = True) -> Prompt:
+    def chat_prompt(
+        self,
+        messages: Conversation,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
         """A conversation as the prompt that the model's template makes of it."""
-        return chat_prompt(self.engine, messages, add_generation_prompt)
+        return chat_prompt(self.engine, messages, add_generation_prompt, tools, chat_template_kwargs)
 
     # ---- settings ----------------------------------------------------------------------------------------
 
@@ -189,7 +209,7 @@ class LLM:
 
     # ---- helpers -----------------------------------------------------------------------------------------
 
-    def _prepare(self, prompts: Any, params: Params) -> list[Prepared]:
+    def _prepare(self, prompts: Any, params: Params, pooling: str = "") -> list[Prepared]:
         """Check everything; queue nothing."""
         self._need_open()
         if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and not _is_prompt(prompts[0])):
@@ -206,7 +226,7 @@ class LLM:
         prepared = []
         for i, (prompt, one) in enumerate(zip(prompts, each)):
             try:
-                prepared.append(self.engine.prepare(str(self._next_id + i), prompt, one))
+                prepared.append(self.engine.prepare(str(self._next_id + i), prompt, one, pooling=pooling))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
         self._next_id += len(prompts)

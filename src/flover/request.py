@@ -14,6 +14,9 @@ from typing import Any
 
 import msgspec
 
+from flover.show import show as show
+from flover.structured import StructuredOutputsParams
+
 MAX_N = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
@@ -36,17 +39,17 @@ class FinishReason(str, Enum):
     ERROR = "error"  # NaN logits, a failed step; the request's `error` says why
 
 
+NOTHING_LEFT = "no token is left to choose: grammar, logit_bias, allowed_token_ids, bad_words and min_tokens mask all"
+GRAMMAR_FAILED = "structured_outputs failed while generating: "
+
+
+def is_own_fault(error: str | None) -> bool:
+    """Whether a request that ended with this error asked for what cannot be."""
+    return error is not None and (error == NOTHING_LEFT or error.startswith(GRAMMAR_FAILED))
+
+
 class ContextLengthError(ValueError):
     """A prompt, or a prompt with its output, that is longer than the context."""
-
-
-def show(value: Any) -> str:
-    """A value for an error message: one line, not too long, whatever it is."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # an integer of thousands of digits has no repr
-        text = f"a {type(value).__name__} too large to print"
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
@@ -118,6 +121,8 @@ class SamplingParams:
         logprobs: number of best log-probabilities of the raw logits per output token, beside the chosen one.
         prompt_logprobs: the same for the prompt's tokens.
         priority: lower runs first under order="priority".
+        structured_outputs: what the text must look like: a JSON schema, a regex, ...; EOS then ends it, whatever
+            ignore_eos says. Needs flover[structured].
 
     Raises:
         ValueError: naming the field, the value and the valid range.
@@ -145,6 +150,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     priority: int = 0
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -174,6 +180,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _boolean(name, getattr(self, name))
         _integer("priority", self.priority, -(2**31), 2**31)
+        if self.structured_outputs is not None:
+            put("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 
     def _check_lists(self, put: Any) -> None:
         if self.logit_bias is not None:
@@ -236,6 +244,7 @@ class RowSampling(msgspec.Struct, frozen=True, array_like=True):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()  # all ids masked until min_tokens: EOS and the user's
     logprobs: int = -1  # best log-probabilities wanted per token; -1: none at all
+    masked: bool = False  # the host says before each draw which tokens are allowed (a grammar)
 
     @property
     def needs_history(self) -> bool:
@@ -275,6 +284,8 @@ class Request:
     cache_salt: str = ""
     client: str = ""  # who asks, for fair sharing
     arrival_time: float = 0.0
+    pooling: str = ""  # "last" or "mean": what of the prompt's last hidden states makes its embedding
+    grammar: str = ""  # that its text must follow, for llguidance; "": none
     sibling: Request | None = None  # choice 0 of the same prompt, whose prompt blocks this one may share
     key: str = ""  # names the request to the KV allocator; unique for ever, unlike request_id
     arrival: int = -1  # order of addition
@@ -284,6 +295,8 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    matcher: Any = None  # the state of its grammar after so many tokens (`engine.grammar.Matcher`)
+    embedding: bytes = b""  # float32 [hidden_size], of any length; a sum for "mean"
     num_cached_tokens: int = 0
     num_in_flight: int = 0  # sampled tokens that the host has not seen yet
     num_preemptions: int = 0
@@ -361,4 +374,5 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    embedding: list[float] | None = None  # of length 1, [hidden_size]
     metrics: RequestMetrics | None = field(default=None)

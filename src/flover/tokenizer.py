@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from flover.chat_template import check_messages, find_template, render
+from flover.chat_template import check_arguments, check_messages, find_template, render
 from flover.config import read_json
 
 REPLACEMENT = "\ufffd"
@@ -65,8 +65,8 @@ class Tokenizer:
         return cls(backend, special, find_template(folder, config), str(folder))
 
     @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+    def chat_template(self) -> str | None:
+        return self._chat_template
 
     @cached_property
     def longest_token(self) -> int:
@@ -97,20 +97,28 @@ class Tokenizer:
             return not skip_special_tokens
         return self._backend.id_to_token(token_id) is not None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt of a conversation (encode it without special tokens: the template writes its own).
 
         Args:
             messages: {"role": ..., "content": text or [{"type": "text", "text": ...}]}, in order.
+            tools: that the model may call, as OpenAI has them. arguments: more variables for the template.
 
         Raises:
             ValueError: bad messages, no template, or a template that fails or objects.
         """
         chat = check_messages(messages)
+        check_arguments(arguments or {}, self._special_tokens)
         if self._chat_template is None:
             raise ValueError(f"{self._name} has no chat template (tokenizer_config.json, chat_template.jinja)")
         try:
-            return render(self._chat_template, chat, add_generation_prompt, self._special_tokens)
+            return render(self._chat_template, chat, add_generation_prompt, self._special_tokens, tools, arguments)
         except Exception as error:  # a template can fail in any way that Python can
             raise ValueError(f"the chat template of {self._name} failed: {_one_line(error)}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ MICRO = replace(
     lens=(512,),
     slots=(32, 64),
     traces=2,
+    processes=0,
     runs=1,
 )
 KEYS = {"id", "title", "paper", "ours", "environment", "command", "seed", "scale", "verdict", "notes", "rows", "gaps"}
@@ -202,6 +204,32 @@ def test_a_system_that_is_absent_is_a_gap(tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / f"{name}.png").exists()
 
 
+def test_an_outside_engine_that_is_absent_is_a_gap(folder: Path, tmp_path: Path, asked: list[str]) -> None:
+    name = "openai:http://127.0.0.1:9"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    paper.run_figures(["4a", "progress"], tmp_path, "micro", device="cpu", outside=[name], say=lambda _: None)
+    for data in (stored(tmp_path, "4a"), stored(tmp_path, "progress")):
+        assert "http://127.0.0.1:9/v1/models gives no model" in json.dumps(data["gaps"])
+        assert data["rows"]
+        assert data["complete"]
+    assert {row[f"{name}_s"] for row in stored(tmp_path, "4a")["rows"]} == {None}
+    assert not asked  # the rest is there
+
+
+def test_pictures_need_only_the_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "4a.json").write_text((folder / "4a.json").read_text())
+    assert main(["bench", "paper", "--output", str(tmp_path), "--draw"]) == 0
+    assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["4a.png", "headline.png"]
+    lines = (tmp_path / "headline.md").read_text().splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]][:2] == [
+        ["| gptj-6b", "0.089 of single", "2"],
+        ["| gptj-6b", "0", "2"],
+    ]
+    assert len({line.count("|") for line in lines[:8]}) == 1
+    assert main(["bench", "paper", "--output", str(tmp_path), "--draw", "--figure", "8"]) == 2
+    assert "has no 8.json" in capsys.readouterr().err
+
+
 def test_without_matplotlib_there_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper, "find_spec", lambda _: None)
     lines: list[str] = []
@@ -215,6 +243,8 @@ def test_without_matplotlib_there_is_json(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["--figure", "5x"], "unknown figure '5x'; known: 4a, 4b, 4c, progress, 8, fixed, random, reorder, memory, tp"),
         (["--scale", "huge"], "scale must be one of"),
+        (["--outside", "vllm"], "unknown system 'vllm'"),
+        (["--outside", "fused"], "--outside 'fused' is not an outside system"),
         (["--model", "gpt5"], "unknown model 'gpt5'; known: gptj-6b"),
     ],
 )

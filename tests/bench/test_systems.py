@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from flover.bench import engines, instances, systems
+from flover.bench import engines, instances, processes, systems
 from flover.bench.records import Job, Record, Run
 from flover.bench.systems import SystemMissing, check_name, make_system, same_tokens
+from flover.bound import runner_of
 from flover.config import EngineConfig, Hardware
 
 VOCAB, LENGTH = 97, 96
@@ -30,7 +31,7 @@ ECHO = {
 }
 OURS = [
     "serial", "fused", "fused:off", "fused:move", "fused:indirect", "fused:paged",
-    "dynamic", "dynamic:20ms", "concurrent:1", "concurrent:3",
+    "dynamic", "dynamic:20ms", "concurrent:1", "concurrent:3", "concurrent-processes:2",
 ]  # fmt: skip
 
 
@@ -201,6 +202,26 @@ def test_more_instances_than_fit_are_refused(echo: EngineConfig, monkeypatch: py
         system.close()
 
 
+def test_more_processes_than_fit_are_refused(echo: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = LENGTH * 2 * 2 * 2 * 4 * 4
+    monkeypatch.setattr("flover.engine.engine.detect_hardware", lambda device: Hardware("cpu", int(4.5 * each / 0.9)))
+    with pytest.raises(ValueError, match=r"^5 processes need 60\.0 KiB .*concurrent-processes:4 would fit$"):
+        make_system("concurrent-processes:5", echo)
+
+
+def test_what_a_process_cannot_do_is_raised_here(echo: EngineConfig) -> None:
+    system = make_system("concurrent-processes:1", echo)
+    with pytest.raises(ValueError, match="context of 96"):
+        system.run([Job(0.0, (1,) * 90, 20)])
+    assert isinstance(system, instances.InstancesSystem)
+    process = system.instances[0]
+    assert isinstance(process, processes.Process)
+    process._process.kill()
+    with pytest.raises(RuntimeError, match="has died"):
+        system.run([Job(0.0, (1,), 1)])
+    system.close()
+
+
 def test_an_instance_that_fails_ends_the_run(echo: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     system = make_system("concurrent:2", echo)
     assert isinstance(system, instances.ConcurrentSystem)
@@ -208,6 +229,35 @@ def test_an_instance_that_fails_ends_the_run(echo: EngineConfig, monkeypatch: py
         patch.setattr(system.instances[1].core, "step", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             system.run([Job(0.0, (i,), 40) for i in range(4)])
+    system.close()
+
+
+@pytest.mark.parametrize("name", ["serial", "fused:move", "dynamic", "concurrent:2"])
+def test_logits_are_looked_at_where_runs_part(echo: EngineConfig, name: str) -> None:
+    system = make_system(name, echo)
+    assert isinstance(system, engines.EngineSystem | instances.InstancesSystem)
+    token = system.run([Job(0.0, (5, 6, 7), 1)]).records[0].token_ids[0]
+    gaps = system.logit_gaps([engines.Parting([5, 6, 7], token, other) for other in range(VOCAB)])
+    system.close()
+    known = [gap for gap in gaps if gap is not None]
+    assert len(known) == engines.BEST
+    assert gaps[token] == 0
+    assert min(known) == 0 < max(known)  # the token that was drawn has the highest
+
+
+def test_the_clock_of_reordering_sees_moves_and_goes_away(echo: EngineConfig) -> None:
+    jobs = [Job(0.0, (i,), 4 + 9 * (i % 3)) for i in range(1, 7)]
+    system = make_system("fused:move", echo)
+    assert isinstance(system, engines.EngineSystem)
+    ops = runner_of(system.core).storage._ops
+    result = system.run(jobs)
+    assert sum(step.kv_moved_bytes for step in result.steps) > 0
+    assert 0 < result.reorder_host < result.duration
+    assert result.reorder_device == 0
+    assert runner_of(system.core).storage._ops is ops
+    assert not {"reorder", "relocate"} & (
+        vars(system.core.scheduler.kv).keys() | vars(runner_of(system.core).sampler).keys()
+    )
     system.close()
 
 

@@ -263,6 +263,8 @@ def test_no_trace(tmp_path: Path) -> None:
         ("sharegpt", 215, 179),
         ("azure-conv", 1155, 211),
         ("azure-code", 2048, 28),
+        ("azure-conv-2024", 1632, 106),
+        ("azure-code-2024", 2511, 23),
         ("mooncake", 12035, 343),
     ],
 )

@@ -253,7 +253,7 @@ def test_a_failed_request_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     """Its only token is masked."""
     args = ["generate", "x", "--allowed-token-ids", "0", "--min-tokens", "2", *SMALL]
     assert main(args) == 1
-    assert "flover: error: request 0: the model produced no finite logits" in capfd.readouterr().err
+    assert "flover: error: request 0: no token is left to choose" in capfd.readouterr().err
 
 
 # ---- the other commands ------------------------------------------------------------------------------------

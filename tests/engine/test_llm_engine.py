@@ -230,12 +230,12 @@ def test_abort(llm: LLM) -> None:
     assert drive(engine)["a"].outputs[0].token_ids == []
 
 
-def test_a_row_without_finite_logits(llm: LLM, greedy: RequestOutput) -> None:
+def test_a_row_without_a_token_left(llm: LLM, greedy: RequestOutput) -> None:
     """The only token allowed is masked: that request ends with an error, its neighbour goes on."""
     bad = SamplingParams(allowed_token_ids=[0], min_tokens=2, max_tokens=4)
     failed, well = llm.generate([PROMPT, PROMPT], [bad, GREEDY])
     assert failed.outputs[0].finish_reason == "error"
-    assert "no finite logits" in str(failed.outputs[0].error)
+    assert "no token is left to choose" in str(failed.outputs[0].error)
     assert well.outputs[0].token_ids == greedy.outputs[0].token_ids
 
 

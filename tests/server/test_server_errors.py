@@ -47,6 +47,22 @@ PARAMETERS: list[tuple[str, Any]] = [
     ("best_of", 3),
     ("priority", 1.5),
     ("cache_salt", 1),
+    *(
+        ("response_format", value)
+        for value in (
+            {"type": "banana"},
+            {"type": "json_schema"},
+            {"type": "json_schema", "json_schema": {"name": "x"}},
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}},
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:9/x"}}},
+            "json",
+        )
+    ),
+    *(("structured_outputs", value) for value in ({}, {"json": {}, "regex": "a"}, {"regex": "a{"}, {"jsn": {}}, 1)),
+    ("guided_regex", "(?<=a)b"),
+    ("guided_choice", []),
+    ("guided_json", {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
+    ("guided_grammar", "start: nothing"),
 ]
 COMPLETIONS: list[tuple[str, Any]] = [
     *(("prompt", value) for value in ("", [], [[]], [""], None, ["a", 1], [1, "a"], [-1], [10**6], [True], {}, 5)),
@@ -68,11 +84,21 @@ CHATS: list[tuple[str, Any]] = [
     ("top_logprobs", 21),
     ("top_logprobs", 2),
     ("max_completion_tokens", 0),
-    ("tools", [{"type": "function"}]),
-    ("response_format", {"type": "json_object"}),
+    *(
+        ("tools", value)
+        for value in (
+            [{"type": "function"}],
+            [{"type": "banana", "function": {"name": "f"}}],
+            [{"type": "function", "function": {"name": "a b"}}],
+            [{"type": "function", "function": {"name": "f", "parameters": 5}}],
+            [{"type": "function", "function": {"name": "f"}}] * 2,
+            [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)],
+            "f",
+        )
+    ),
+    *(("tool_choice", value) for value in ("required", "banana", {"type": "function", "function": {"name": "g"}}, 5)),
     ("chat_template", "{{ x }}"),
     ("chat_template_kwargs", {"tokenize": True}),
-    ("guided_regex", "a+"),
 ]
 
 
@@ -138,9 +164,7 @@ def test_all_tokens_masked_ends_that_request_only(server: Server) -> None:
     body = {"prompt": "And", "allowed_token_ids": [5], "bad_words": [], "logit_bias": {}, "min_tokens": 2}
     masked = {**body, "stop_token_ids": [5]}
     response = server.http.post("/v1/completions", json=masked)
-    assert response.status_code == 500
-    assert response.json()["error"]["code"] == "generation_failed"
-    assert "every token is masked" in response.json()["error"]["message"]
+    assert "no token is left" in check(response, 400, None, "generation_failed")
     stream = server.http.post("/v1/completions", json={**masked, "stream": True})
     assert stream.status_code == 200
     events = stream.text.split("\n\n")

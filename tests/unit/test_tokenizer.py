@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 import flover
+from flover import chat_template
 from flover.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 
 BUILTIN = Path(flover.__file__).parent / "builtin" / "kjv-llama"
@@ -249,6 +251,10 @@ def test_content_parts_are_joined() -> None:
         [{"content": "x"}],
         [{"role": 1, "content": "x"}],
         [{"role": "user"}],
+        [{"role": "emperor", "content": "x"}],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "assistant", "content": None}],
+        [{"role": "assistant", "content": None, "tool_calls": [{}]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
     ],
 )
@@ -267,13 +273,46 @@ def test_bad_messages(messages: object) -> None:
         "{{ 1 / 0 }}",
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+        "{{ 'x' * 10 ** 9 }}",
+        "{{ 'x' * 1000000000 }}",
+        "{{ [0] * 1000000000 }}",
+        "{{ 'x'.ljust(1000000000) }}",
+        "{{ 'x' | center(1000000000) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ range(10 ** 9) }}",
     ],
 )
-def test_bad_templates(tmp_path: Path, template: str) -> None:
+def test_bad_templates(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = with_template(tmp_path, chat_template=template)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
+    begin = time.monotonic()
     with pytest.raises(ValueError, match="chat template of") as error:
         tokenizer.apply_chat_template(CHAT)
     assert "\n" not in str(error.value)
+    assert time.monotonic() - begin < 20
+
+
+def test_formats_of_usual_width_stay(tmp_path: Path) -> None:
+    template = "{{ '%5.2f' | format(1) }}|{{ '%03d' % 7 }}|{{ '{:>4}'.format('a') }}|{{ 'a' * 3 }}|{{ 2 * 3 }}"
+    assert with_template(tmp_path, chat_template=template).apply_chat_template(CHAT) == " 1.00|007|   a|aaa|6"
+
+
+def test_tools_calls_and_arguments_reach_the_template(tmp_path: Path) -> None:
+    template = "{{ tools[0].name }} {{ messages[0].tool_calls[0].function.arguments.a }} {{ enable_thinking }}"
+    call = {"function": {"name": "f", "arguments": '{"a": 3}'}}
+    chat = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    tokenizer = with_template(tmp_path, chat_template=template)
+    assert tokenizer.apply_chat_template(chat, True, [{"name": "f"}], {"enable_thinking": True}) == "f 3 True"
+    for wrong in ({"tools": []}, {"add_generation_prompt": 1}, {"bos_token": "x"}, {"flover_tick": 1}, 5):
+        with pytest.raises(ValueError, match="chat_template_kwargs"):
+            tokenizer.apply_chat_template(CHAT, True, None, wrong)  # type: ignore[arg-type]
 
 
 def test_no_template(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from flover.bench.batcher import BatchQueue
 from flover.bench.records import Job, Record, Run
+from flover.bench.reorder_clock import ReorderClock
 from flover.config import EngineConfig
 from flover.engine.engine import EngineCore
 from flover.metrics import StepStats
@@ -43,6 +44,7 @@ def new_records(jobs: Sequence[Job]) -> list[Record]:
 
 def take_finished(request: Request, record: Record) -> None:
     record.token_ids, record.error = request.output_token_ids, request.error
+    record.num_preemptions = request.num_preemptions
 
 
 def shift(steps: Sequence[StepStats], origin: float) -> None:
@@ -165,12 +167,20 @@ class EngineSystem:
         return self._run(jobs, Arrivals(jobs), progress)
 
     def _run(self, jobs: Sequence[Job], feed: Feed, progress: Progress) -> Run:
-        core = self.core
         run = Run(self.name, new_records(jobs))
         requests = [as_request(i, job) for i, job in enumerate(jobs)]
         for request in requests:
-            core.check(request)
-        core.scheduler.kv.reset_cache()  # every run finds the engine as it was when it was made
+            self.core.check(request)
+        self.core.scheduler.kv.reset_cache()  # every run finds the engine as it was when it was made
+        with ReorderClock(self.core) as clock:
+            self._serve(run, requests, jobs, feed, progress)
+        run.reorder_host, run.reorder_device = clock.host_seconds, clock.device_seconds
+        return run
+
+    def _serve(
+        self, run: Run, requests: Sequence[Request], jobs: Sequence[Job], feed: Feed, progress: Progress
+    ) -> None:
+        core = self.core
         num_finished, origin = 0, core.clock()
         try:
             while feed.next is not None or core.has_unfinished():
@@ -194,7 +204,6 @@ class EngineSystem:
         finally:
             abandon(core, requests)
         shift(run.steps, origin)
-        return run
 
     def logit_gaps(self, partings: Sequence[Parting]) -> list[float | None]:
         """`logit_gaps`, of this engine."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event
+from typing import Protocol
 
 import torch
 
@@ -93,14 +94,15 @@ class Instance:
         try:
             self.core.scheduler.kv.reset_cache()
             while (index := session.waiting.get()) is not None:
-                self._serve(index, session, steps)
+                self.serve_one(index, session, steps)
                 session.done.put(None)
         except BaseException as error:
             session.done.put(error)
             raise
         return steps
 
-    def _serve(self, index: int, session: Session, steps: list[StepStats]) -> None:
+    def serve_one(self, index: int, session: Session, steps: list[StepStats]) -> None:
+        """A job to its end, or until the session stops."""
         core, record, job = self.core, session.records[index], session.jobs[index]
         request = as_request(index, job)
         request.arrival_time = session.origin + job.arrival
@@ -116,53 +118,38 @@ class Instance:
                     record.times.append(output.stats.end - session.origin)
         take_finished(request, record)
 
+    def check(self, job: Job) -> None:
+        """ValueError for a job that is too long."""
+        self.core.check(as_request(0, job))
 
-class ConcurrentSystem:
-    """See the module.
+    def logit_gaps(self, partings: Sequence[Parting]) -> list[float | None]:
+        """`engines.logit_gaps`."""
+        return logit_gaps(self.core, partings)
 
-    Args:
-        config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
-        count: instances; None: 32, or as many as max_num_seqs, the memory or, on a CPU, its cores allow.
-        asleep: instances sleep while a GPU computes, and do not spin; None: if they are more than the cores.
 
-    Raises:
-        ValueError: more than fit, with what they need and how many would; or as `EngineCore`.
-    """
+class Served(Protocol):
+    """What serves one request at a time: an instance, or a process with one."""
 
-    def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
-        self.name = name
-        cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
-        config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
-        folder, model_config, hardware, weights = survey(config)
-        resolved = settle(config, folder, model_config, hardware, weights)
-        most = most_instances(resolved)
-        on_cpu = resolved.engine.device == "cpu"
-        self.count = count or min(DEFAULT_INSTANCES, wanted, most, cores if on_cpu else most)
-        if self.count > most:
-            memory = resolved.memory
-            needed = memory.weights + self.count * (memory.step + memory.kv)
-            raise ValueError(
-                f"{self.count} instances need {human(needed)} (KV cache {human(memory.kv)} and largest step "
-                f"{human(memory.step)} each), {human(memory.free)} is free: concurrent:{most} would fit"
-            )
-        if on_cpu:  # the instance computes in `submit`: nothing would overlap
-            config = replace(config, overlap_depth=0)
-        if asleep is None:
-            asleep = self.count > cores
-        threads = config.num_threads or torch.get_num_threads()
-        self._workers = [ThreadPoolExecutor(1, f"flover-instance-{i}") for i in range(self.count)]
-        self.instances: list[Instance] = []
-        try:
-            for worker in self._workers:
-                model = self.instances[0].model if self.instances else None
-                settings = replace(config, num_threads=None), resolved, folder
-                arguments = *settings, max(1, threads // self.count), asleep, model
-                self.instances.append(worker.submit(Instance, *arguments).result())
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            torch.set_num_threads(threads)
+    def serve(self, session: Session) -> list[StepStats]:
+        """Take what waits until there is no more; -> the steps."""
+        ...
+
+    def check(self, job: Job) -> None:
+        """ValueError for a job that is too long."""
+        ...
+
+    def logit_gaps(self, partings: Sequence[Parting]) -> list[float | None]:
+        """`engines.logit_gaps`."""
+        ...
+
+
+class InstancesSystem:
+    """Several of whatever serves, each used on a thread of its own; a free one takes the oldest waiting request."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count = name, count
+        self._workers = [ThreadPoolExecutor(1, f"flover-instance-{i}") for i in range(count)]
+        self.instances: list[Served] = []
 
     def warm_up(self, job: Job) -> None:
         """Every instance serves a short request until its graphs are captured, one instance after the other."""
@@ -176,7 +163,7 @@ class ConcurrentSystem:
 
     def logit_gaps(self, partings: Sequence[Parting]) -> list[float | None]:
         """`engines.logit_gaps`, of the first instance."""
-        return self._workers[0].submit(logit_gaps, self.instances[0].core, partings).result()
+        return self._workers[0].submit(self.instances[0].logit_gaps, partings).result()
 
     def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
         """As `records.System.run`; progress gets the number of jobs finished so far.
@@ -184,8 +171,8 @@ class ConcurrentSystem:
         Raises:
             ValueError: a job that is too long for the context; nothing has run then.
         """
-        for i, job in enumerate(jobs):
-            self.instances[0].core.check(as_request(i, job))
+        for job in jobs:
+            self.instances[0].check(job)
         session = Session(jobs, new_records(jobs), time.monotonic())
         served = [w.submit(one.serve, session) for w, one in zip(self._workers, self.instances)]
         try:
@@ -226,6 +213,54 @@ class ConcurrentSystem:
         self.instances.clear()
         self._workers.clear()
         release()
+
+
+class ConcurrentSystem(InstancesSystem):
+    """See the module.
+
+    Args:
+        config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
+        count: instances; None: 32, or as many as max_num_seqs, the memory or, on a CPU, its cores allow.
+        asleep: instances sleep while a GPU computes, and do not spin; None: if they are more than the cores.
+
+    Raises:
+        ValueError: more than fit, with what they need and how many would; or as `EngineCore`.
+    """
+
+    def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
+        cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
+        config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
+        folder, model_config, hardware, weights = survey(config)
+        resolved = settle(config, folder, model_config, hardware, weights)
+        most = most_instances(resolved)
+        on_cpu = resolved.engine.device == "cpu"
+        count = count or min(DEFAULT_INSTANCES, wanted, most, cores if on_cpu else most)
+        if count > most:
+            memory = resolved.memory
+            needed = memory.weights + count * (memory.step + memory.kv)
+            raise ValueError(
+                f"{count} instances need {human(needed)} (KV cache {human(memory.kv)} and largest step "
+                f"{human(memory.step)} each), {human(memory.free)} is free: concurrent:{most} would fit"
+            )
+        if on_cpu:  # the instance computes in `submit`: nothing would overlap
+            config = replace(config, overlap_depth=0)
+        if asleep is None:
+            asleep = count > cores
+        threads = config.num_threads or torch.get_num_threads()
+        super().__init__(name, count)
+        model: CausalLM | None = None
+        try:
+            for worker in self._workers:
+                settings = replace(config, num_threads=None), resolved, folder
+                arguments = *settings, max(1, threads // count), asleep, model
+                instance = worker.submit(Instance, *arguments).result()
+                self.instances.append(instance)
+                model = instance.model
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            torch.set_num_threads(threads)
 
 
 def most_instances(resolved: ResolvedConfig) -> int:

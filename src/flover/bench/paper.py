@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from flover.bench.figures.context import Bench, Figure, gap_figure
 from flover.bench.figures.digests import Data, total
 from flover.bench.figures.scale import SCALES
 from flover.bench.results import provenance, write_json
+from flover.bench.systems import OUTSIDE, check_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,23 @@ FIGURES: dict[str, Entry] = {
 }
 
 
-def check(figures: Sequence[str], scale: str, models: Sequence[str]) -> None:
-    """ValueError naming an unknown figure, scale or model, and the known ones."""
+def check(figures: Sequence[str], scale: str, models: Sequence[str], outside: Sequence[str] = ()) -> None:
+    """ValueError naming an unknown figure, scale, model or outside system, and the known ones."""
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    for kind, given, known in (("figure", figures, list(FIGURES)), ("model", models, list(SCALES[scale].shapes))):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+    check_names("figure", figures, FIGURES)
+    check_names("model", models, SCALES[scale].shapes)
+    for name in outside:
+        check_name(name)
+        if not name.startswith(OUTSIDE):
+            raise ValueError(f"--outside {name!r} is not an outside system: {', '.join(OUTSIDE)}:URL")
+
+
+def check_names(kind: str, names: Sequence[str], known: Collection[str]) -> None:
+    """ValueError for one that is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
 
 
 def run_figures(
@@ -71,6 +81,7 @@ def run_figures(
     overwrite: bool = False,
     draws: int | None = None,
     budget: float | None = None,
+    outside: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> int:
     """Make the figures (none named: all); -> how many have no gap for a verdict.
@@ -79,17 +90,20 @@ def run_figures(
         output: a folder, made if need be. models: those of the paper to run; none: all. Others are shown as stored.
         overwrite: make again what is there. draws: of each Poisson gap; by default the scale's.
         budget: seconds, after which nothing is measured any more; 0 makes the figures of what has been measured.
+        outside: systems that are not ours, to be shown beside the others (figures 4 and progress); one that is not
+            there is a gap.
         say: told what happens, a line at a time; first how long it should take.
 
     Raises:
-        ValueError: an unknown figure, scale or model, or no such device.
+        ValueError: an unknown figure, scale, model or outside system, or no such device.
     """
-    check(figures, scale, models)
+    check(figures, scale, models, outside)
     output.mkdir(parents=True, exist_ok=True)
     done = 0
     with tempfile.TemporaryDirectory() as place:
         options: dict[str, Any] = {"device": device, "only": models, "overwrite": overwrite, "draws": draws}
-        bench = Bench(SCALES[scale], seed, output, Path(place), budget=budget, say=lambda s: say(f"  {s}"), **options)
+        options |= {"budget": budget, "outside": outside}
+        bench = Bench(SCALES[scale], seed, output, Path(place), say=lambda s: say(f"  {s}"), **options)
         stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
         _estimate([name for name, data in stored.items() if data is None], bench, say)
         try:
@@ -109,14 +123,20 @@ def run_figures(
 
 
 def draw_figures(output: Path, figures: Sequence[str], say: Callable[[str], None]) -> None:
-    """The pictures of the figures that are in the folder, of their JSON alone."""
+    """The pictures of the figures that are in the folder, of their JSON alone; with 4a the headline too."""
     if find_spec("matplotlib") is None:
         say('no pictures, only JSON: matplotlib is missing (pip install "flover[plot]"); --draw makes them later')
         return
     for name in figures or FIGURES:
         data = _read(output / f"{name}.json")
         if data and data["rows"]:
-            _draw(name, data, output / f"{name}.png")
+            _draw(FIGURES[name].draw, data, output / f"{name}.png")
+    headline = _read(output / "4a.json")
+    if headline and any(row["fused_s"] for row in headline["rows"]):
+        from flover.bench.figures.summary import table
+
+        _draw("summary:draw", headline, output / "headline.png")
+        (output / "headline.md").write_text(table(headline, _read(output / "4c.json")), encoding="utf-8")
 
 
 def _estimate(names: Sequence[str], bench: Bench, say: Callable[[str], None]) -> None:
@@ -198,12 +218,12 @@ def _same(tokens: Sequence[Data]) -> Data | None:
     return data | {"share_identical": data["identical"] / max(data["requests"], 1)}
 
 
-def _draw(name: str, data: Data, path: Path) -> None:
+def _draw(where: str, data: Data, path: Path) -> None:
     from importlib import import_module
 
     from flover.bench.figures.style import FONT, save
 
-    module, _, function = FIGURES[name].draw.partition(":")
+    module, _, function = where.partition(":")
     import matplotlib
 
     draw: Any = getattr(import_module(f"flover.bench.figures.{module}"), function)

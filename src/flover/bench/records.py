@@ -23,13 +23,17 @@ class Job(NamedTuple):
 
 @dataclass(slots=True)
 class Record:
-    """What became of a job. `times`: when each output token was there; with an `error` it may have few or none."""
+    """What became of a job. `times`: when each output token was there; with an `error` it may have few or none.
+
+    num_preemptions: of our engine, how often it lost its memory and was computed again.
+    """
 
     arrival: float
     num_prompt: int
     times: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     error: str | None = None
+    num_preemptions: int = 0
 
     @property
     def ttft(self) -> float:
@@ -49,11 +53,18 @@ class Record:
 
 @dataclass(slots=True)
 class Run:
-    """A workload on a system. `steps`: of the engine, where the system has one; their times on the same clock."""
+    """A workload on a system.
+
+    Args:
+        steps: of the engine, where the system has one; their times on the same clock.
+        reorder_host, reorder_device: seconds of reordering on the host and on a GPU (`reorder_clock`).
+    """
 
     system: str
     records: list[Record]
     steps: list[StepStats] = field(default_factory=list)
+    reorder_host: float = 0.0
+    reorder_device: float = 0.0
 
     @property
     def duration(self) -> float:

@@ -5,7 +5,8 @@
 | serial | nobody: one request at a time to its end, in order of arrival |
 | fused | everyone in flight; with the cache as configured, or `:paged`, or a slab: `:off`, `:move`, `:indirect` |
 | dynamic, dynamic:50ms, dynamic:2s | a batch that joins and leaves together (`batcher`); no unit: seconds; none: 0 |
-| concurrent, concurrent:N | N instances around the same weights, each one request at a time (`concurrent`) |
+| concurrent, concurrent:N | N instances around the same weights, each one request at a time (`instances`) |
+| concurrent-processes, concurrent-processes:N | N processes with weights of their own, likewise (`processes`) |
 | transformers, transformers:batch | Hugging Face: `generate`, one at a time; its continuous batching (`outside`) |
 | openai:URL | any server with /v1/completions (`outside`) |
 
@@ -33,10 +34,13 @@ NAMES = (
     "dynamic:DELAY",
     "concurrent",
     "concurrent:N",
+    "concurrent-processes",
+    "concurrent-processes:N",
     "transformers",
     "transformers:batch",
     "openai:URL",
 )
+OUTSIDE = ("transformers", "transformers:batch", "openai")
 UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
 
 
@@ -64,6 +68,7 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
         "fused": _fused,
         "dynamic": _dynamic,
         "concurrent": _concurrent,
+        "concurrent-processes": _processes,
         "transformers": _transformers,
         "openai": _openai,
     }
@@ -75,7 +80,7 @@ def check_name(name: str) -> None:
     kind, _, detail = name.partition(":")
     if kind == "dynamic" and detail:
         parse_delay(detail)
-    elif kind == "concurrent" and detail:
+    elif kind in ("concurrent", "concurrent-processes") and detail:
         parse_count(name, detail)
     elif kind == "openai":
         if not detail.startswith(("http://", "https://")):
@@ -156,6 +161,13 @@ def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str,
 
     _only(name, options, "asleep")
     return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None, **options)
+
+
+def _processes(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
+    from flover.bench.processes import ProcessesSystem
+
+    _only(name, options)
+    return ProcessesSystem(name, config, parse_count(name, detail) if detail else None)
 
 
 def _transformers(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:

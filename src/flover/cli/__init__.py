@@ -1,4 +1,4 @@
-"""The command line: `flover generate | chat | serve | admin | plan | profile | bench | doctor`.
+"""The command line: `flover generate | chat | serve | run-batch | admin | plan | profile | bench | doctor`.
 
 Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
 by commands that need it.
@@ -98,6 +98,9 @@ def serve(
     admin_socket: Annotated[str, typer.Option(help="path of `flover admin`'s socket, or none")] = "",
     max_restarts: Annotated[int, typer.Option(help="of a dying engine or front, in a row")] = 5,
     engine_iteration_timeout: Annotated[float, typer.Option(help="seconds without a step until a restart")] = 60.0,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="hermes, llama3_json or mistral; else the template's")
+    ] = None,
     engine: dict[str, Any],
 ) -> int:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
@@ -121,8 +124,23 @@ def serve(
         "admin_socket": admin_socket,
         "max_restarts": max_restarts,
         "engine_iteration_timeout": engine_iteration_timeout,
+        "tool_call_parser": tool_call_parser,
     }
     return run_serve(name, api_key or (), server, engine)
+
+
+@app.command("run-batch")
+@with_options(engine=EngineConfig)
+def run_batch(
+    *,
+    input: Annotated[Path, typer.Option("--input-file", "-i", help="requests in OpenAI's batch format, JSON lines")],
+    output: Annotated[Path, typer.Option("--output-file", "-o", help="a line for each of them, once all are there")],
+    engine: dict[str, Any],
+) -> int:
+    """Serve a file of requests: chats, completions, responses, embeddings."""
+    from flover.cli.serve import run_batch_file
+
+    return run_batch_file(input, output, engine)
 
 
 @app.command()

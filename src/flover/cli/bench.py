@@ -134,6 +134,9 @@ def paper(
     budget: Annotated[
         float | None, typer.Option(min=0, help="seconds; what is left goes on with the same command")
     ] = None,
+    outside: Annotated[
+        list[str] | None, typer.Option(help="beside ours: openai:URL, transformers, transformers:batch")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="make again what is there")] = False,
     draw: Annotated[bool, typer.Option("--draw", help="only the pictures, of the JSON in the folder")] = False,
 ) -> int:
@@ -142,7 +145,7 @@ def paper(
 
     if draw:
         return draw_paper(figure or [], output)
-    return run_paper(figure or [], output, scale, seed, device, model or [], draws, budget, overwrite)
+    return run_paper(figure or [], output, scale, seed, device, model or [], draws, budget, outside or [], overwrite)
 
 
 @app.command()

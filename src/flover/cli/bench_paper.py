@@ -17,12 +17,13 @@ def run_paper(
     models: Sequence[str],
     draws: int | None,
     budget: float | None,
+    outside: Sequence[str],
     overwrite: bool,
 ) -> int:
     """-> 0; gaps are in the figures. ValueError for what is not known."""
     from flover.bench.paper import check, run_figures
 
-    check(figures, scale, models)
+    check(figures, scale, models, outside)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: {output} is a file; give a folder")
     started = time.monotonic()
@@ -30,17 +31,17 @@ def run_paper(
     def say(line: str) -> None:
         print(line, flush=True)
 
-    options: dict[str, Any] = {"seed": seed, "device": device, "models": models, "draws": draws}
-    run_figures(figures, output, scale, **options, budget=budget, overwrite=overwrite, say=say)
+    options: dict[str, Any] = {"seed": seed, "device": device, "models": models, "draws": draws, "budget": budget}
+    run_figures(figures, output, scale, **options, outside=outside, overwrite=overwrite, say=say)
     say(f"{output}: {time.monotonic() - started:.0f} s; flover bench report {output} makes a page of it")
     return 0
 
 
 def draw_paper(figures: Sequence[str], output: Path) -> int:
     """-> 0. ValueError for a figure that is not known or not there."""
-    from flover.bench.paper import FIGURES, check, draw_figures
+    from flover.bench.paper import FIGURES, check_names, draw_figures
 
-    check(figures, "tiny", [])
+    check_names("figure", figures, FIGURES)
     missing = [name for name in figures or FIGURES if not (output / f"{name}.json").is_file()]
     if (figures and missing) or len(missing) == len(FIGURES):
         raise ValueError(f"--output: {output} has no {', '.join(f'{name}.json' for name in missing)}")

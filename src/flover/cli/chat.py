@@ -19,7 +19,7 @@ def run_chat(system: str, sampling: Mapping[str, Any], engine: Mapping[str, Any]
     SamplingParams(**sampling)
     with LLM(**engine) as llm:
         tokenizer = llm.engine.tokenizer
-        if tokenizer is None or not tokenizer.has_chat_template:
+        if tokenizer is None or tokenizer.chat_template is None:
             raise ValueError(f"{llm.engine.folder} has no chat template; `flover generate` needs none")
         params = base_params(llm, sampling, None)
         start = [{"role": "system", "content": system}] if system else []

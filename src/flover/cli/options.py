@@ -28,7 +28,7 @@ TYPES: dict[str, Any] = {
     "Mapping[int, float]": list[str],
 }
 PANELS = {SamplingParams: "Sampling", EngineConfig: "Engine"}
-SKIPPED = {"record_timeline"}  # --timeline sets it
+SKIPPED = {"record_timeline", "structured_outputs"}  # --timeline sets the first; the second is for --input
 SKIPPED_SAMPLING = {"seed"}  # --seed is the engine's: it covers every prompt that brings none
 SPELLINGS = {
     "model": ("--model", "-m"),

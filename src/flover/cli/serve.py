@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 KEYS = "FLOVER_API_KEY"
@@ -13,9 +15,7 @@ KEYS = "FLOVER_API_KEY"
 
 def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
     """-> exit code. Keys of the command line, and those of the environment, separated by commas."""
-    for package in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
-        if find_spec(package) is None:
-            raise ValueError(f'the server needs {package}: pip install "flover[server]"')
+    _need_packages()
     from flover.server.config import ServerConfig
     from flover.server.serve import run
 
@@ -31,3 +31,19 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
             raise ValueError(f"give the model once, got {model!r} and --model {options['model']!r}")
         options["model"] = model
     return run(replace(ServerConfig(**server), api_keys=keys), options)
+
+
+def run_batch_file(input: Path, output: Path, engine: Mapping[str, Any]) -> int:
+    """-> exit code: 1 if a request failed."""
+    _need_packages()
+    from flover.server.batch import run_batch
+
+    served, failed = run_batch(input, output, engine)
+    print(f"{output}: {served} served, {failed} failed", file=sys.stderr)
+    return int(failed > 0)
+
+
+def _need_packages() -> None:
+    for package in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
+        if find_spec(package) is None:
+            raise ValueError(f'the server needs {package}: pip install "flover[server]"')

@@ -54,11 +54,17 @@ def default_chat_params(engine: LLMEngine) -> SamplingParams:
     return params if limited else replace(params, max_tokens=None)
 
 
-def chat_prompt(engine: LLMEngine, messages: Conversation, add_generation_prompt: bool = True) -> dict[str, Any]:
+def chat_prompt(
+    engine: LLMEngine,
+    messages: Conversation,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """A conversation as the prompt that the model's template makes of it: "prompt" and "prompt_token_ids"."""
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise ValueError(f"chat needs a tokenizer, and {engine.folder} has no tokenizer.json")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt, tools, chat_template_kwargs)
     check_length(text, tokenizer, engine.core.resolved.scheduler.max_model_len)
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}

@@ -1,5 +1,6 @@
 """`EngineCore`: the loop. schedule -> submit -> update, with `overlap_depth` plans made ahead of the result in flight.
 
+A masked plan (grammars) is launched like any other, and sampled once the result before it is known.
 Tokens only; text is the business of `llm_engine`. Invariant: at depth 1, in every steady step, `submit(n + 1)` precedes
 the first read of result n.
 """
@@ -18,9 +19,10 @@ from typing import Protocol, cast
 import torch
 
 from flover.config import EngineConfig, Hardware, KVConfig, ModelConfig, ResolvedConfig
-from flover.engine.batch import BatchPlan, StepResult
+from flover.engine.batch import BatchPlan, RowMasks, StepResult
 from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.executor import InlineExecutor, ThreadExecutor
+from flover.engine.grammar import Grammars, Vocabulary
 from flover.engine.runner import ModelRunner
 from flover.engine.scheduler import Scheduler
 from flover.engine.step import Step, StepOutput
@@ -41,6 +43,7 @@ logger = logging.getLogger("flover")
 
 class Executor(Protocol):
     def submit(self, plan: BatchPlan) -> Future[StepResult]: ...
+    def sample(self, masks: RowMasks) -> Future[StepResult]: ...
     def warm_up(self, seconds: float) -> None: ...
     def reset(self) -> None: ...
     def shutdown(self) -> None: ...
@@ -187,6 +190,8 @@ class EngineCore:
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
         self._executor = executor or make_executor(self.resolved, self.folder, self.startup_times)
+        model = self.resolved.model
+        self._grammars = Grammars(Vocabulary(self.folder, model.vocab_size, model.eos_token_ids))
         self._in_flight: deque[tuple[Step, Future[StepResult]]] = deque()
         self._depth = config.overlap_depth
 
@@ -205,6 +210,8 @@ class EngineCore:
         """Queue a request; ValueError if its id is live or it could never be served."""
         request.arrival_time = request.arrival_time or self.clock()
         self.scheduler.add(request)
+        if request.grammar:
+            self._grammars.add(request)
 
     def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a live request (abort, stop string); unknown or finished ids are ignored."""
@@ -220,7 +227,11 @@ class EngineCore:
             if planned is None:
                 break
             self._in_flight.append((planned, self._executor.submit(planned.plan)))
+            if len(self._in_flight) == 1:
+                self._mask_oldest()
         if not self._in_flight:
+            if self.scheduler.requests and self._grammars.wait():
+                return StepOutput(finished=self.scheduler.drain_finished())
             assert self.scheduler.drained, "requests wait, nothing runs and nothing could be scheduled"
             return StepOutput(finished=self.scheduler.drain_finished())
         step, future = self._in_flight.popleft()
@@ -228,7 +239,19 @@ class EngineCore:
             result = future.result()
         except Exception as error:
             return self._recover(step, error)
-        return self.scheduler.update(step, result)
+        output = self.scheduler.update(step, result)
+        if self._in_flight:
+            self._mask_oldest()
+        return output
+
+    def _mask_oldest(self) -> None:
+        """Nothing is in flight before the oldest step any more, so the tokens that its masks depend on are known."""
+        step, _ = self._in_flight[0]
+        if step.plan.masked:
+            masks, failed = self._grammars.masks(step)
+            self._in_flight[0] = step, self._executor.sample(masks)
+            for request, error in failed:
+                self.scheduler.fail(request, error)
 
     def _recover(self, failed: Step, error: Exception) -> StepOutput:
         """A step failed: its requests end with the error, later plans are void, everyone else is recomputed.
@@ -248,3 +271,4 @@ class EngineCore:
     def shutdown(self) -> None:
         """Stop the executor; in-flight work is dropped."""
         self._executor.shutdown()
+        self._grammars.shutdown()

@@ -1,7 +1,8 @@
 """The executors: take plans at once, and work them off in order, on a thread of their own or on a GPU.
 
 `submit` encodes the plan and returns a future; the worker decodes it, so a plan is complete by construction: what the
-encoding does not carry does not reach the device. When a plan fails, those submitted after it are cancelled until
+encoding does not carry does not reach the device. A masked plan has two phases: `submit` runs it up to the logits, and
+`sample`, before any other plan, draws. When a plan fails, those submitted after it are cancelled until
 `reset`, since they were made in the belief that it would succeed.
 
 The worker also builds the runner, so that one thread does all of torch's work: with a second one, OpenMP has more
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from flover.engine.batch import BatchPlan, StepResult, decode_plan, encode_plan
+from flover.engine.batch import BatchPlan, RowMasks, StepResult, decode_masks, decode_plan, encode_masks, encode_plan
 
 
 class Pending(Protocol):
@@ -23,6 +24,8 @@ class Pending(Protocol):
 
 class Runner(Protocol):
     def execute(self, plan: BatchPlan) -> StepResult | Pending: ...
+    def launch(self, plan: BatchPlan) -> None: ...
+    def sample(self, masks: RowMasks | None) -> StepResult | Pending: ...
     def warm_up(self, seconds: float) -> None: ...
     def reset(self) -> None: ...
 
@@ -49,25 +52,71 @@ class _Launched(Future[StepResult]):
         return None
 
 
-class InlineExecutor:
-    """For a runner that only enqueues: the caller's thread launches, the device is the worker."""
+class _Phases:
+    """A runner's plans in order, whole or in two phases; after a failure none until `reset`."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._failed = False
+        self._launch_error: Exception | None = None  # of the masked plan that waits for its masks
 
-    def submit(self, plan: BatchPlan) -> Future[StepResult]:
-        """Launch a plan; what goes wrong is in the future, also here."""
-        future: Future[StepResult] = Future()
+    def run(self, data: bytes) -> StepResult | Pending | None:
+        """A whole plan; of a masked one the first phase, whose error the second one raises."""
+        if self._failed:
+            raise PlanCancelledError("cancelled: an earlier step failed")
+        plan = decode_plan(data)
         try:
-            if self._failed:
-                raise PlanCancelledError("cancelled: an earlier step failed")
-            result = self._runner.execute(decode_plan(encode_plan(plan)))
-            if not isinstance(result, StepResult):
-                return _Launched(result)
-            future.set_result(result)
+            if not plan.masked:
+                return self._runner.execute(plan)
+            self._runner.launch(plan)
         except Exception as error:
             self._failed = True
+            if not plan.masked:
+                raise
+            self._launch_error = error
+        return None
+
+    def sample(self, data: bytes) -> StepResult | Pending:
+        error, self._launch_error = self._launch_error, None
+        if error is not None:
+            raise error
+        if self._failed:
+            raise PlanCancelledError("cancelled: an earlier step failed")
+        try:
+            return self._runner.sample(decode_masks(data))
+        except Exception:
+            self._failed = True
+            raise
+
+    def reset(self) -> None:
+        self._runner.reset()
+        self._failed, self._launch_error = False, None
+
+
+class InlineExecutor:
+    """For a runner that only enqueues: the caller's thread launches, the device is the worker."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._phases = _Phases(runner)
+        self._runner = runner
+
+    def submit(self, plan: BatchPlan) -> Future[StepResult]:
+        """Launch a plan; what goes wrong is in the future, also here. The future of a masked plan is `sample`'s."""
+        return self._run(self._phases.run, encode_plan(plan))
+
+    def sample(self, masks: RowMasks) -> Future[StepResult]:
+        """Draw the tokens of the masked plan that was submitted last."""
+        return self._run(self._phases.sample, encode_masks(masks))
+
+    def _run(self, phase: Callable[[bytes], StepResult | Pending | None], data: bytes) -> Future[StepResult]:
+        future: Future[StepResult] = Future()
+        try:
+            result = phase(data)
+            if isinstance(result, StepResult):
+                future.set_result(result)
+            elif result is not None:
+                return _Launched(result)
+        except Exception as error:
             future.set_exception(error)
         return future
 
@@ -75,8 +124,7 @@ class InlineExecutor:
         self._runner.warm_up(seconds)
 
     def reset(self) -> None:
-        self._runner.reset()
-        self._failed = False
+        self._phases.reset()
 
     def shutdown(self) -> None:
         pass
@@ -92,21 +140,19 @@ class ThreadExecutor:
     def __init__(self, make_runner: Callable[[], Runner]) -> None:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flover-executor")
         self._runner = self._worker.submit(make_runner).result()
-        self._failed = False
+        self._phases = _Phases(self._runner)
 
     def submit(self, plan: BatchPlan) -> Future[StepResult]:
-        """Queue a plan; the device works while the caller goes on."""
-        return self._worker.submit(self._run, encode_plan(plan))
+        """Queue a plan; the device works while the caller goes on. The future of a masked plan is `sample`'s."""
+        return self._worker.submit(self._run, self._phases.run, encode_plan(plan))
 
-    def _run(self, data: bytes) -> StepResult:
-        if self._failed:
-            raise PlanCancelledError("cancelled: an earlier step failed")
-        try:
-            result = self._runner.execute(decode_plan(data))
-            return result if isinstance(result, StepResult) else result.result()
-        except BaseException:
-            self._failed = True
-            raise
+    def sample(self, masks: RowMasks) -> Future[StepResult]:
+        """Draw the tokens of the masked plan that was submitted last."""
+        return self._worker.submit(self._run, self._phases.sample, encode_masks(masks))
+
+    def _run(self, phase: Callable[[bytes], StepResult | Pending | None], data: bytes) -> StepResult:
+        result = phase(data)
+        return result if isinstance(result, StepResult) or result is None else result.result()  # type: ignore[return-value]
 
     def warm_up(self, seconds: float) -> None:
         """See the runner's."""
@@ -114,8 +160,7 @@ class ThreadExecutor:
 
     def reset(self) -> None:
         """After a failure, once every future has been seen: the runner forgets all rows and accepts plans again."""
-        self._worker.submit(self._runner.reset).result()
-        self._failed = False
+        self._worker.submit(self._phases.reset).result()
 
     def shutdown(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)

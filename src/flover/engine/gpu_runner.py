@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from flover.config import ResolvedConfig
-from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
-from flover.engine.lane import RING, Lane
+from flover.engine.batch import BatchPlan, IntArray, RowMasks, Scores, StepResult
+from flover.engine.lane import RING, Lane, Staged
 from flover.engine.runner import Batch, Mask, ModelRunner
 from flover.layers.sampler import SamplerOutput
 from flover.models.base import CausalLM
@@ -82,71 +82,87 @@ class GpuRunner(ModelRunner):
         super().reset()
         torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult | Pending:  # type: ignore[override]
+        return super().execute(plan)
+
+    def sample(self, masks: RowMasks | None) -> StepResult | Pending:  # type: ignore[override]
+        with torch.cuda.stream(self._lane.stream):
+            return super().sample(masks)
+
+    def _forward_of(self, plan: BatchPlan) -> Callable[[], StepResult | Pending]:  # type: ignore[override]
         with torch.cuda.stream(self._lane.stream):
             self._apply(plan)
             batch = self._batch(plan)
             if batch is None:
-                return self.empty_result()
+                return self.empty_result
             edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
             self.edited.clear()
             alone = batch.counts == 1
-            if plan.scored:
+            if plan.scored or plan.pooled:
                 return self._scored(plan, batch, edits)
             if self._side is not None and alone.any() and not alone.all():
                 return self._overlapped(self._side, batch, alone, edits)
             staged = self._lane.stage(batch, edits)
-            if staged.captured:
-                self._lane.compute(staged)
-                output = self._lane.sample(staged)
-            else:
-                output = self.sampler.sample(*self._lane.logits(staged.shape))
-            return self._read_back(output, staged.entries[batch.samples], ())
+            draw = self._drawing(self._lane, staged)
+            return lambda: self._read_back(draw(), staged.entries[batch.samples], ())
 
-    def _scored(self, plan: BatchPlan, batch: Batch, edits: list[tuple[int, int, IntArray]]) -> StepResult | Pending:
-        """A step whose prompts are scored needs all its hidden states, so it runs kernel by kernel."""
+    def _drawing(self, lane: Lane, staged: Staged) -> Callable[[], SamplerOutput]:
+        """Compute a staged step up to its logits; -> what samples them."""
+        if staged.captured:
+            lane.compute(staged)
+            return lambda: lane.sample(staged)
+        logits, rows = lane.logits(staged.shape)
+        return lambda: self.sampler.sample(logits, rows)
+
+    def _scored(
+        self, plan: BatchPlan, batch: Batch, edits: list[tuple[int, int, IntArray]]
+    ) -> Callable[[], StepResult | Pending]:
+        """A step whose prompts are scored or pooled needs all its hidden states, so it runs kernel by kernel."""
         staged = self._lane.stage(batch, edits, capture=False)
         hidden = self._lane.hidden(staged.shape)
         first = dict(zip(batch.rows.tolist(), staged.begins.tolist()))
         scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
-        output = self.sampler.sample(*self._lane.logits(staged.shape, hidden))
-        return self._read_back(output, staged.entries[batch.samples], scores)
+        pooled = self._pool(plan, batch, hidden, first)
+        logits, rows = self._lane.logits(staged.shape, hidden)
+        return lambda: self._read_back(self.sampler.sample(logits, rows), staged.entries[batch.samples], scores, pooled)
 
     def _overlapped(
         self, side: Lane, batch: Batch, alone: Mask, edits: list[tuple[int, int, IntArray]]
-    ) -> StepResult | Pending:
+    ) -> Callable[[], StepResult | Pending]:
         """Decode and prefill at once, each on its lane; then both are sampled."""
         lane, where = self._lane, np.empty_like(batch.rows)
         first = lane.stage(batch.part(alone), edits)
         side.stream.wait_stream(lane.stream)  # for what the prefill reads: tables, copied blocks
-        if first.captured:
-            lane.compute(first)
+        draw_first = self._drawing(lane, first) if first.captured else None
         with torch.cuda.stream(side.stream):
             second = side.stage(batch.part(~alone), [])
-            if second.captured:
-                side.compute(second)
-            else:
-                logits = side.logits(second.shape)
-        late = None if first.captured else lane.logits(first.shape)
+            draw_second = self._drawing(side, second)
+        draw = draw_first or self._drawing(lane, first)
         lane.stream.wait_stream(side.stream)
-        outputs = [
-            lane.sample(first) if late is None else self.sampler.sample(*late),
-            side.sample(second) if second.captured else self.sampler.sample(*logits),
-        ]
-        where[alone], where[~alone] = first.entries, second.entries + len(outputs[0].token_ids)
-        return self._read_back(_together(*outputs), where[batch.samples], ())
+
+        def sample() -> Pending:
+            outputs = draw(), draw_second()
+            where[alone], where[~alone] = first.entries, second.entries + len(outputs[0].token_ids)
+            return self._read_back(_together(*outputs), where[batch.samples], ())
+
+        return sample
 
     # ---- what comes out ----------------------------------------------------------------------------------------------
 
-    def _read_back(self, output: SamplerOutput, where: Any, scores: tuple[Scores, ...]) -> Pending:
-        """Copy a step's tokens to pinned memory beside the next step's kernels; -1 is a token that is not finite.
+    def _read_back(
+        self, output: SamplerOutput, where: Any, scores: tuple[Scores, ...], pooled: tuple[Any, ...] = ()
+    ) -> Pending:
+        """Copy a step's tokens to pinned memory beside the next step's kernels.
+
+        -1 is a token that is not finite, -2 one that is not because every token is masked.
 
         Args:
             where: places of the sampled rows, in row order, among the output's.
         """
         turn = self._turn = (self._turn + 1) % RING
         drawn = torch.where(output.finite, output.token_ids, -1)  # its own memory: the graph's is overwritten
+        if output.exhausted is not None:
+            drawn = torch.where(output.exhausted, -2, drawn)
         host, event = self._results[turn][: len(drawn)], self._events[turn]
         logprobs = None
         self._copy_stream.wait_stream(self._lane.stream)
@@ -164,7 +180,8 @@ class GpuRunner(ModelRunner):
             tokens = host.numpy()[where].copy()
             finite = tokens >= 0
             best = None if logprobs is None else Scores(*(part.numpy()[where] for part in logprobs))
-            return StepResult(tokens * finite, finite, best, scores)
+            exhausted = None if output.exhausted is None else tokens == -2
+            return StepResult(tokens * finite, finite, best, scores, pooled, exhausted)
 
         return Pending(event, read)
 
@@ -173,4 +190,5 @@ def _together(a: SamplerOutput, b: SamplerOutput) -> SamplerOutput:
     logprobs: Any = None
     if a.logprobs is not None and b.logprobs is not None:
         logprobs = tuple(torch.cat(pair) for pair in zip(a.logprobs, b.logprobs))
-    return SamplerOutput(torch.cat((a.token_ids, b.token_ids)), torch.cat((a.finite, b.finite)), logprobs)
+    exhausted = None if a.exhausted is None or b.exhausted is None else torch.cat((a.exhausted, b.exhausted))
+    return SamplerOutput(torch.cat((a.token_ids, b.token_ids)), torch.cat((a.finite, b.finite)), logprobs, exhausted)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
+from pathlib import Path
 from typing import Any
 
 from flover.config import ResolvedConfig
+from flover.engine.grammar import Vocabulary
+from flover.engine.grammar_check import GrammarChecker
 from flover.request import ContextLengthError, Request, RowSampling, SamplingParams, show
 from flover.tokenizer import Tokenizer
 
@@ -20,14 +23,22 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 class InputProcessor:
     """Checks and tokenises. Requests without a seed get one from a generator of its own, in order of preparation."""
 
-    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None, folder: Path) -> None:
         self._scheduler, self._model = config.scheduler, config.model
+        vocabulary = Vocabulary(folder, self._model.vocab_size, self._model.eos_token_ids)
+        self._grammars = GrammarChecker(vocabulary)
         self._capacity = config.kv.block_size * (config.kv.num_blocks if config.kv.layout == "paged" else 1)
         self._tokenizer = tokenizer
         self._seeds = random.Random(config.engine.seed)
 
     def requests(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int | None, cache_salt: str
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int | None,
+        cache_salt: str,
+        pooling: str = "",
     ) -> tuple[str | None, list[Request]]:
         """-> the prompt's text, if there is one, and a request for each of its n choices."""
         if not isinstance(request_id, str) or not request_id:
@@ -38,10 +49,13 @@ class InputProcessor:
             raise ValueError(f"priority must be an integer, got {show(priority)}")
         if not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt must be a string, got {show(cache_salt)}")
+        if pooling not in ("", "last", "mean"):
+            raise ValueError(f"pooling must be last or mean, got {show(pooling)}")
         text, ids = self._prompt(prompt)
         self._check(params)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        eos = frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)
+        grammar = self.grammar(params)
+        eos = frozenset() if params.ignore_eos and not grammar else frozenset(self._model.eos_token_ids)
         stop = eos | frozenset(params.stop_token_ids)
         bad_words = self._bad_words(params.bad_words)
         room = max(1, self._scheduler.max_model_len - len(ids))
@@ -59,11 +73,29 @@ class InputProcessor:
                 prompt_logprobs=-1 if params.prompt_logprobs is None or choice else params.prompt_logprobs,
                 priority=params.priority if priority is None else priority,
                 cache_salt=cache_salt,
+                grammar=grammar,
+                pooling=pooling,
                 sibling=requests[0] if requests else None,
                 logprobs=None if params.logprobs is None else [],
             )
             requests.append(request)
         return text, requests
+
+    def grammar(self, params: SamplingParams) -> str:
+        """What the text must follow, compiled once to see that it can be; "" if it may be anything.
+
+        Raises:
+            ValueError: the grammar is none, or costs too much.
+        """
+        if params.structured_outputs is None:
+            return ""
+        self._need_tokenizer("structured_outputs")
+        grammar = params.structured_outputs.grammar_text()
+        self._grammars.check(grammar)
+        return grammar
+
+    def close(self) -> None:
+        self._grammars.close()
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +201,7 @@ class InputProcessor:
             min_tokens=params.min_tokens,
             stop_token_ids=tuple(sorted(masked)),
             logprobs=-1 if params.logprobs is None else params.logprobs,
+            masked=params.structured_outputs is not None,
         )
 
 

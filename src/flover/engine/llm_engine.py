@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from flover.config import EngineConfig, ResolvedConfig
 from flover.engine.inputs import InputProcessor, Prompt
 from flover.engine.step import StepOutput
@@ -145,9 +147,13 @@ class LLMEngine:
         self.num_steps = 0
         self.num_row_steps = 0  # running rows, summed over the steps
         self._record = config.record_timeline
-        self._inputs = InputProcessor(self.core.resolved, self.tokenizer)
+        self._inputs = InputProcessor(self.core.resolved, self.tokenizer, self.folder)
         self._prompts: dict[str, Prepared] = {}
         self._choices: dict[str, tuple[Prepared, Choice]] = {}  # by the core's request id
+
+    def check_grammar(self, params: SamplingParams) -> None:
+        """Compile what `params` want of the text, which `prepare` then knows; ValueError if that cannot be."""
+        self._inputs.grammar(params)
 
     def add_request(
         self,
@@ -176,10 +182,11 @@ class LLMEngine:
         *,
         priority: int | None = None,
         cache_salt: str = "",
+        pooling: str = "",
     ) -> Prepared:
-        """Every check of `add_request`, without adding."""
+        """Every check of `add_request`, without adding. pooling: "last" or "mean", for the prompt's embedding."""
         params = SamplingParams() if params is None else params
-        text, requests = self._inputs.requests(request_id, prompt, params, priority, cache_salt)
+        text, requests = self._inputs.requests(request_id, prompt, params, priority, cache_salt, pooling)
         self.core.check(requests[0])
         choices = [Choice(request, params, self.tokenizer) for request in requests]
         return Prepared(request_id, text, list(requests[0].token_ids), choices)
@@ -237,6 +244,7 @@ class LLMEngine:
 
     def shutdown(self) -> None:
         """Stop the core; what is in flight is dropped."""
+        self._inputs.close()
         self.core.shutdown()
 
     def _count(self, stats: StepStats) -> None:
@@ -269,6 +277,7 @@ class LLMEngine:
             finished=finished,
             prompt_logprobs=first.prompt_logprob_list,
             num_cached_tokens=first.num_cached_tokens,
+            embedding=_normalised(first.embedding) if finished and first.embedding else None,
             metrics=_metrics([choice.request for choice in prepared.choices]) if finished else None,
         )
 
@@ -298,6 +307,12 @@ class LLMEngine:
             for entry in entries:
                 for token_id, logprob in entry.items():
                     logprob.decoded_token = self.tokenizer.decode((token_id,), skip_special_tokens=False)
+
+
+def _normalised(embedding: bytes) -> list[float]:
+    vector = np.frombuffer(embedding, dtype=np.float32).astype(np.float64)
+    result: list[float] = (vector / max(float(np.linalg.norm(vector)), 1e-12)).tolist()
+    return result
 
 
 def _metrics(requests: Sequence[Request]) -> RequestMetrics:

@@ -6,6 +6,7 @@ executor and the layers below touch torch tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flover.config import ResolvedConfig
-from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
+from flover.engine.batch import BatchPlan, IntArray, RowMasks, Scores, StepResult
 from flover.kernels.reference.attention import AttentionMetadata
 from flover.kernels.reference.sampling import top_logprobs
 from flover.kv.storage import KVStorage
@@ -112,6 +113,7 @@ class ModelRunner:
         self._state = np.zeros((5, rows), dtype=np.int64)  # one row per quantity: a relocation is one gather
         self.seq_lens, self.prefill, self.prompt, self.frozen, self.entries = self._state  # entries: of its table
         self.edited.clear()
+        self._sample: Callable[[], StepResult] | None = None  # of the step that was launched last
         self.sampler.leave(list(range(rows)))
 
     def warm_up(self, seconds: float) -> None:
@@ -120,23 +122,49 @@ class ModelRunner:
     def empty_result(self) -> StepResult:
         return StepResult(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_))
 
-    @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult:
         """Apply the plan, run its tokens through the model, sample the rows that have all their tokens."""
+        self.launch(plan)
+        return self.sample(None)
+
+    @torch.inference_mode()
+    def launch(self, plan: BatchPlan) -> None:
+        """The first half of `execute`, up to the logits."""
+        self._sample = self._forward_of(plan)
+
+    @torch.inference_mode()
+    def sample(self, masks: RowMasks | None) -> StepResult:
+        """The second half, with the masks of grammars; nothing may be launched in between."""
+        sample, self._sample = self._sample, None
+        assert sample is not None, "no step was launched"
+        if masks is not None and masks.rows:
+            bits = np.frombuffer(masks.bits, dtype=np.int32).reshape(len(masks.rows), -1).copy()  # writable, for torch
+            self.sampler.set_masks(masks.rows, bits)
+        return sample()
+
+    def _forward_of(self, plan: BatchPlan) -> Callable[[], StepResult]:
+        """Run a plan up to the logits; -> its sampling."""
         self._apply(plan)
         batch = self._batch(plan)
         if batch is None:
-            return self.empty_result()
+            return self.empty_result
         hidden = self._forward(batch)
         ends = np.cumsum(batch.counts)
         first = dict(zip(batch.rows.tolist(), (ends - batch.counts).tolist()))
         scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
+        pooled = self._pool(plan, batch, hidden, first)
         if not batch.samples.any():
-            return self.empty_result()._replace(prompt_scores=scores)
+            return lambda: self.empty_result()._replace(prompt_scores=scores, pooled=pooled)
         logits = self.model.compute_logits(hidden[self._tensor(ends[batch.samples] - 1)])
-        output = self.sampler.sample(logits, self._tensor(batch.rows[batch.samples]))
-        logprobs = None if output.logprobs is None else Scores(*(part.cpu().numpy() for part in output.logprobs))
-        return StepResult(output.token_ids.cpu().numpy(), output.finite.cpu().numpy(), logprobs, scores)
+
+        def sample() -> StepResult:
+            output = self.sampler.sample(logits, self._tensor(batch.rows[batch.samples]))
+            logprobs = None if output.logprobs is None else Scores(*(part.cpu().numpy() for part in output.logprobs))
+            exhausted = None if output.exhausted is None else output.exhausted.cpu().numpy()
+            tokens, finite = output.token_ids.cpu().numpy(), output.finite.cpu().numpy()
+            return StepResult(tokens, finite, logprobs, scores, pooled, exhausted)
+
+        return sample
 
     def _batch(self, plan: BatchPlan) -> Batch | None:
         """The rows that have tokens in this step, with lengths advanced; None if there are none."""
@@ -219,6 +247,14 @@ class ModelRunner:
         )
         hidden: Tensor = self.model.forward(input_ids, self._tensor(positions), ctx)
         return hidden
+
+    def _pool(
+        self, plan: BatchPlan, batch: Batch, hidden: Tensor, first: dict[int, int]
+    ) -> tuple[npt.NDArray[np.float32], ...]:
+        """A plan's `pooled`. first: of each row, where its tokens begin in `hidden`."""
+        counts = dict(zip(batch.rows.tolist(), batch.counts.tolist())) if plan.pooled else {}
+        parts = [(hidden[first[row] : first[row] + counts[row]].float(), mean) for row, _, mean in plan.pooled]
+        return tuple((part.sum(0) if mean else part[-1]).cpu().numpy() for part, mean in parts)
 
     def _score(self, hidden: Tensor, best: int, ids: list[int]) -> Scores:
         """Log-probabilities of the prompt tokens `ids`, each predicted by one row of hidden, slice by slice."""

@@ -89,6 +89,7 @@ class Scheduler:
         self._finished: list[Request] = []  # to report with the next output
         self._arrivals = 0
         self.num_waiting = 0
+        self._num_grammars = 0  # live requests whose draws are masked
         self._steps = 0
         self._disturbed = 0  # steps before this one may hold rows that have ended or been preempted since
         self._last_was_prefill = False
@@ -110,6 +111,7 @@ class Scheduler:
         self.check(request)
         request.arrival, request.key = self._arrivals, str(self._arrivals)
         self._arrivals += 1
+        self._num_grammars += bool(request.grammar)
         self.requests[request.request_id] = request
         self.num_waiting += 1
         self._waiting.push(request)
@@ -123,6 +125,12 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, reason, stop_reason)
+
+    def fail(self, request: Request, error: str) -> None:
+        """End a live request with an error of its own."""
+        if not request.finished:
+            request.error = error
+            self._finish(request, FinishReason.ERROR)
 
     def has_unfinished(self) -> bool:
         return bool(self.requests or self._departing or self._finished)
@@ -160,7 +168,7 @@ class Scheduler:
         if not (np.count_nonzero(scheduled) or leaves or frozen or moves):
             return None
         freed = self.kv.drain_freed()
-        ids, scored = self._prefill_ids(chunks)
+        ids, scored, pooled = self._prefill_ids(chunks)
         plan = BatchPlan(
             step=self._steps,
             num_rows=len(self.table),
@@ -173,8 +181,10 @@ class Scheduler:
             frozen=frozen,
             joins=joins,
             scored=scored,
+            pooled=pooled,
             tables=[(request.row, start, blocks) for request, start, blocks in tables if request.row >= 0],
             reserved_blocks=self.kv.num_reserved_blocks,
+            masked=self._num_grammars > 0,
         )
         self._steps += 1
         return self._advance(plan, scheduled, chunks, before, started)
@@ -314,25 +324,30 @@ class Scheduler:
             self._waiting.put_back(request)
         return chunks, joins
 
-    def _prefill_ids(self, chunks: dict[int, int]) -> tuple[list[int], list[tuple[int, int, int, list[int]]]]:
-        """Ids of the scheduled prefill tokens, rows in order; and those to score where prompt_logprobs are wanted."""
+    def _prefill_ids(
+        self, chunks: dict[int, int]
+    ) -> tuple[list[int], list[tuple[int, int, int, list[int]]], list[tuple[int, int, bool]]]:
+        """Ids of the scheduled prefill tokens, rows in order; and a plan's `scored` and `pooled`."""
         ids: list[int] = []
+        pooled: list[tuple[int, int, bool]] = []
         scored: list[tuple[int, int, int, list[int]]] = []
         for row, chunk in sorted(chunks.items()):
             request = self.table.requests[row]
             start = int(self.table.computed[row])
             end, prompt = start + chunk, request.num_prompt_tokens
             ids += request.token_ids[start:end]
+            if request.pooling:
+                pooled.append((row, start, request.pooling == "mean"))
             if request.prompt_logprobs >= 0 and len(request.prompt_logprob_list or ()) < prompt:
                 scored.append(
                     (row, start, request.prompt_logprobs, request.token_ids[start + 1 : min(end + 1, prompt)])
                 )
-        return ids, scored
+        return ids, scored, pooled
 
     def _ready(self, request: Request) -> bool:
-        """Not while tokens are in flight for it, nor while the prompt it may share is still being computed."""
+        """Not while tokens are in flight for it, while its grammar or the prompt it may share is still computed."""
         sibling = request.sibling
-        if request.num_in_flight:
+        if request.num_in_flight or (request.matcher is not None and not request.matcher.ready):
             return False
         if sibling is None or sibling.row < 0 or sibling.status is not RequestStatus.RUNNING:
             return True
@@ -341,7 +356,7 @@ class Scheduler:
     def _place(self, request: Request) -> Grant | None:
         """Memory for a request's known tokens, with a block to spare for each running row, so that none thrashes."""
         sibling = request.sibling
-        share = self.prefix_caching and request.prompt_logprobs < 0
+        share = self.prefix_caching and request.prompt_logprobs < 0 and not request.pooling
         if (
             share
             and sibling
@@ -465,6 +480,7 @@ class Scheduler:
         request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
         request.finish_time = request.last_token_time = self.clock()
         del self.requests[request.request_id]
+        self._num_grammars -= bool(request.grammar)
         self._finished.append(request)
 
     # ---- failure -----------------------------------------------------------------------------------------------------
@@ -488,9 +504,7 @@ class Scheduler:
         scheduled = failed.plan.scheduled()
         culprits = [request for request, n in zip(failed.rows, scheduled) if n and message is not None]
         for request in culprits:
-            if not request.finished:
-                request.error = message
-                self._finish(request, FinishReason.ERROR)
+            self.fail(request, message or "")
         self._departing, self._complete, self._short = [], [], []
         for request in self.table.requests:
             if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already

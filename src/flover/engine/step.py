@@ -6,9 +6,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from flover.engine.batch import BatchPlan, IntArray, Scores, StepResult
 from flover.metrics import StepStats
-from flover.request import FinishReason, Logprob, Request, RequestStatus, TokenLogprobs
+from flover.request import NOTHING_LEFT, FinishReason, Logprob, Request, RequestStatus, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -43,7 +46,7 @@ class Ending(NamedTuple):
     stop_reason: int | None = None
 
 
-NOT_FINITE = "the model produced no finite logits to sample from (NaN, or every token is masked)"
+NOT_FINITE = "the model produced no finite logits to sample from (NaN)"
 
 
 def take_in(step: Step, result: StepResult, disturbed: bool) -> tuple[StepOutput, list[Ending]]:
@@ -55,6 +58,8 @@ def take_in(step: Step, result: StepResult, disturbed: bool) -> tuple[StepOutput
     tokens: list[int] = result.token_ids.tolist()
     for (row, start, _, ids), scores in zip(step.plan.scored, result.prompt_scores):
         _add_prompt_logprobs(step.rows[row], start, ids, scores)
+    for (row, start, mean), vector in zip(step.plan.pooled, result.pooled):
+        _add_pooled(step.rows[row], vector, mean and start > 0)
     over: set[int] = set()
     endings: list[Ending] = []
     output = StepOutput(step.sampled, tokens, stats=step.stats)
@@ -85,7 +90,8 @@ def _take_one(
     """The uncommon step, row by row: preempted rows, NaN rows, log-probabilities."""
     request.num_in_flight = max(0, request.num_in_flight - 1)
     if not result.finite[i]:
-        request.error = NOT_FINITE
+        exhausted = result.exhausted is not None and result.exhausted[i]
+        request.error = NOTHING_LEFT if exhausted else NOT_FINITE
         endings.append(Ending(request, FinishReason.ERROR))
         return
     if result.logprobs is not None and request.logprobs is not None:
@@ -102,6 +108,12 @@ def _add_prompt_logprobs(request: Request, start: int, ids: list[int], scores: S
     if request.status is RequestStatus.RUNNING and len(known) > start:
         scored = [_token_logprobs(token, scores, i, request.prompt_logprobs) for i, token in enumerate(ids)]
         request.prompt_logprob_list = [*known[: start + 1], *scored]
+
+
+def _add_pooled(request: Request, vector: npt.NDArray[np.float32], add: bool) -> None:
+    """A chunk's part of an embedding; one from before a preemption is overwritten by the recomputation's first."""
+    known = np.frombuffer(request.embedding, dtype=np.float32) if add and request.embedding else 0
+    request.embedding = (vector + known).tobytes()
 
 
 def _token_logprobs(token: int, scores: Scores, i: int, count: int) -> TokenLogprobs:

@@ -44,6 +44,8 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
     cache_salt: str
     client: str
     arrival_time: float
+    grammar: str
+    pooling: str
     sibling: str | None
 
     @classmethod
@@ -60,6 +62,8 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             request.cache_salt,
             request.client,
             request.arrival_time,
+            request.grammar,
+            request.pooling,
             None if request.sibling is None else request.sibling.request_id,
         )
 
@@ -77,6 +81,8 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
             self.cache_salt,
             self.client,
             self.arrival_time,
+            self.pooling,
+            self.grammar,
             sibling,
             logprobs=[] if self.sampling.logprobs >= 0 else None,
         )
@@ -116,6 +122,7 @@ class Ended(msgspec.Struct, array_like=True):
     reason: FinishReason | None
     stop_reason: int | str | None
     error: str | None
+    embedding: bytes
     num_cached_tokens: int
     num_preemptions: int
     cumulative_logprob: float

@@ -8,6 +8,7 @@ The steps and their order are vLLM v1's; `kernels/reference/sampling.py` says wh
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class SamplerOutput(NamedTuple):
     finite: Tensor  # [n] bool: no NaN or +inf in the logits, and something left to choose
     # chosen logprob [n], its rank [n], ids of the k best [n, k], their logprobs [n, k]; None: not wanted
     logprobs: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    exhausted: Tensor | None = None  # [n] bool: not finite because all is masked; None: no row masks tokens
 
 
 def _pack(
@@ -167,6 +169,20 @@ class Sampler:
                     del self._live[needs]
                     self._merged = None
 
+    def set_masks(self, rows: Sequence[int], bits: npt.NDArray[np.int32]) -> None:
+        """Which tokens rows that joined with `masked` may draw next, until they are told again.
+
+        bits: [len(rows), ceil(vocab / 32)], the lowest bit first; 1 is allowed.
+        """
+        table = self._tables.masks.data
+        if not rows or table is None:
+            return
+        packed = torch.from_numpy(bits)
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()
+        (at,) = send(self.device, rows)
+        table.index_copy_(0, at, packed.to(self.device, non_blocking=True))
+
     def sample(self, logits: Tensor, rows: Tensor) -> SamplerOutput:
         """Draw the next token of distinct, joined rows, and update their state.
 
@@ -201,25 +217,27 @@ class Sampler:
             raw = logits if logits.dtype == torch.float64 else logits.float()
             logprobs = ops.top_logprobs(raw, token_ids, needs.num_logprobs)
         self._record(rows, state, token_ids, needs)
-        return SamplerOutput(token_ids, finite, logprobs)
+        return SamplerOutput(token_ids, finite, logprobs, scores.amax(-1) == -math.inf if needs.masking else None)
 
     @property
     def graph_key(self) -> tuple[bool, ...] | None:
         """What the launches of `sample` depend on besides its shapes; None where tables take part, which may grow."""
         needs = self.needs
-        if needs.penalties or needs.bias or needs.bad_words or needs.min_tokens or needs.num_logprobs >= 0:
+        if needs.penalties or needs.masking or needs.num_logprobs >= 0:
             return None
         return needs.random, needs.max_top_k > 0, needs.top_p, needs.min_p
 
     def _process(self, logits: Tensor, rows: Tensor, state: Tensor, needs: Needs) -> Tensor:
         """What bears on greedy rows too: masks, biases, penalties. `logits` is not written to."""
-        if not (needs.bias or needs.bad_words or needs.min_tokens or needs.penalties):
+        if not (needs.masking or needs.penalties):
             return logits
         raw = scores = logits if logits.dtype == torch.float64 else logits.float()
         if needs.bias:
             scores = scores + self._tables.bias.of(rows)
-        elif needs.bad_words or needs.min_tokens:
+        elif needs.bad_words or needs.min_tokens or needs.masks:
             scores = scores.clone()
+        if needs.masks:
+            ops.mask_by_bits(scores, self._tables.masks.of(rows))
         if needs.bad_words:
             ops.mask_tokens(scores, *ops.match_bad_words(self._tables.words.of(rows), self._tables.recent.of(rows)))
         if needs.min_tokens:

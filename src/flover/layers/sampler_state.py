@@ -1,8 +1,8 @@
 """What the sampler remembers of its rows: the layout of the packed state, and tables for the rarer features.
 
 `Field` lays out what every row has: seed, choice, counts, parameters. `RowTables` holds what few rows need:
-token counts for penalties, biases, bad words with the last output ids, stop ids. Invariant: a table exists
-only once a row has needed it, and is neutral in every row that did not ask for it.
+token counts for penalties, biases, bad words with the last output ids, stop ids, masks. Invariant: a table exists only
+once a row has needed it, and is neutral in every row that did not ask for it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Needs(NamedTuple):
     bad_words: bool = False
     min_tokens: bool = False
     num_logprobs: int = -1
+    masks: bool = False
 
     @classmethod
     def of(cls, s: RowSampling, vocab_size: int) -> Needs:
@@ -69,7 +70,13 @@ class Needs(NamedTuple):
             bad_words=any(s.bad_words),
             min_tokens=s.min_tokens > 0 and bool(s.stop_token_ids),
             num_logprobs=s.logprobs,
+            masks=s.masked,
         )
+
+    @property
+    def masking(self) -> bool:
+        """Whether tokens may be masked, or biased, before temperature."""
+        return self.bias or self.bad_words or self.min_tokens or self.masks
 
     @classmethod
     def merge(cls, needs: Iterable[Needs]) -> Needs:
@@ -142,15 +149,18 @@ class RowTables:
         self.words = RowTable(max_rows, -1, torch.int64, device)  # [max_rows, words, length]
         self.recent = RowTable(max_rows, -2, torch.int64, device)  # [max_rows, length - 1]
         self.stop_ids = RowTable(max_rows, -1, torch.int64, device)  # [max_rows, ids]
+        self.masks = RowTable(max_rows, -1, torch.int32, device)  # [max_rows, vocab / 32], bits: 1 is allowed
 
     def join(self, join: Join) -> None:
         self._join_history(join)
         self._join_bias(join)
         self._join_words(join)
         self._join_stop_ids(join)
+        users = [row for row, n in zip(join.rows, join.needs) if n.masks]
+        self.masks.prepare(join.at, join.rows, users, -(-self.vocab_size // 32))
 
     def relocate(self, src: Tensor, dst: Tensor, moves: Sequence[tuple[int, int]]) -> None:
-        for table in (self.history, self.bias, self.words, self.recent, self.stop_ids):
+        for table in (self.history, self.bias, self.words, self.recent, self.stop_ids, self.masks):
             table.relocate(src, dst, moves)
 
     def _join_history(self, join: Join) -> None:

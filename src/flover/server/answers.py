@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 import flover
-from flover.request import CompletionOutput, RequestOutput, TokenLogprobs
+from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
 from flover.server.errors import SERVER, ApiError
-from flover.server.protocol import ChatCompletionRequest, CompletionRequest
-from flover.server.sse import event
+from flover.server.protocol import ChatCompletionRequest, GenerationRequest
+from flover.server.sse import DONE, event
+from flover.server.tools import CallWriter, call_writer
 
 Answer = dict[str, Any]
 
@@ -23,10 +24,17 @@ class Completion:
     """The answer to a completion. `num_prompts` prompts, numbered as in the request."""
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+    done = DONE  # after the last event
 
-    def __init__(self, request: CompletionRequest | ChatCompletionRequest, model: str, num_prompts: int) -> None:
-        self.request, self.num_prompts = request, num_prompts
-        self.n = request.n or 1
+    def __init__(
+        self,
+        request: GenerationRequest,
+        model: str,
+        num_prompts: int,
+        tool_format: str | None = None,
+    ) -> None:
+        self.request, self.num_prompts, self.tool_format = request, num_prompts, tool_format
+        self.n, self.include_usage = request.n or 1, request.include_usage
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
         self._newest: dict[int, RequestOutput] = {}  # by prompt
@@ -53,7 +61,7 @@ class Completion:
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
         """The answer as it grows; ApiError ends it early."""
         head = {"id": self.id, "object": self.chunk_object, **self._head}
-        usage = {"usage": None} if self.request.include_usage else {}
+        usage = {"usage": None} if self.include_usage else {}
         sent: dict[int, tuple[int, int]] = {}  # choice -> characters and logprobs given out
         over: set[int] = set()
         for i in range(self.n * self.num_prompts):
@@ -72,9 +80,14 @@ class Completion:
                 text = choice.text[characters:] if characters else self._echo(output) + choice.text
                 delta = self._delta(output, choice, i, text, scored)
                 sent[i] = (len(choice.text), len(choice.logprobs or ()))
-                yield event({**head, "choices": [delta], **usage})
-        if self.request.include_usage:
+                if delta is not None:
+                    yield event({**head, "choices": [delta], **usage})
+        if self.include_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
+
+    def error_event(self, error: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return event(error.body)
 
     # ---- what differs in a chat --------------------------------------------------------------------------------------
 
@@ -86,10 +99,15 @@ class Completion:
         return (output.prompt or "") if getattr(self.request, "echo", None) else ""
 
     def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
-        return self._delta(output, choice, index, self._echo(output) + choice.text, 0)
+        return self._text(output, choice, index, self._echo(output) + choice.text, 0)
 
-    def _delta(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
-        """`text` is new, and so are the logprobs from `scored` on."""
+    def _delta(
+        self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
+    ) -> Answer | None:
+        """`text` is new, and so are the logprobs from `scored` on; None if there is nothing to tell yet."""
+        return self._text(output, choice, index, text, scored)
+
+    def _text(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
         logprobs = None
         if choice.logprobs is not None:
             tokens = choice.token_ids[scored:]
@@ -98,7 +116,7 @@ class Completion:
             if not scored and self._echo(output):
                 prompt = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
                 tokens, entries = [*output.prompt_token_ids, *tokens], [*prompt, *entries]
-            logprobs = completion_logprobs(tokens, entries, offset, self.request.logprobs or 0)
+            logprobs = completion_logprobs(tokens, entries, offset, getattr(self.request, "logprobs", None) or 0)
         return {"index": index, "text": text, "logprobs": logprobs, **_ending(choice)}
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
@@ -109,7 +127,7 @@ class Completion:
         self._newest[prompt] = output
         for choice in output.outputs:
             if choice.finish_reason == "error":
-                raise ApiError(500, choice.error or "the request failed", kind=SERVER, code="generation_failed")
+                raise _failed(choice.error or "the request failed")
             if choice.finish_reason == "abort":
                 raise ApiError(503, "the server has withdrawn the request", kind=SERVER, code="aborted")
         return prompt
@@ -132,6 +150,15 @@ class Completion:
 
 class ChatCompletion(Completion):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    request: ChatCompletionRequest
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._calls: dict[int, CallWriter] = {}  # by choice, while it streams
+
+    def _writer(self) -> CallWriter | None:
+        """What finds the calls in a choice; None where there can be none."""
+        return call_writer(self.request.given_tools, self.request.tool_choice, self.tool_format)
 
     def _first(self, index: int) -> Iterable[Answer]:
         delta = {"role": "assistant", "content": ""}
@@ -141,12 +168,25 @@ class ChatCompletion(Completion):
         return ""
 
     def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(choice, 0), **_ending(choice)}
+        message: Answer = {"role": "assistant", "content": choice.text, "refusal": None}
+        ending, writer = _ending(choice), self._writer()
+        if writer is not None:
+            message |= writer.whole(choice.text)
+            ending["finish_reason"] = writer.finish_reason(ending["finish_reason"])
+        return {"index": index, "message": message, "logprobs": self._logprobs(choice, 0), **ending}
 
-    def _delta(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
-        delta = {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": self._logprobs(choice, scored), **_ending(choice)}
+    def _delta(
+        self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
+    ) -> Answer | None:
+        delta, ending = {"content": text} if text else {}, _ending(choice)
+        writer = self._calls.get(index) or self._writer()
+        if writer is not None:
+            self._calls[index] = writer
+            delta = writer.delta(text, ending=choice.finish_reason is not None)
+            ending["finish_reason"] = writer.finish_reason(ending["finish_reason"])
+            if not delta and not ending["finish_reason"] and choice.logprobs is None:
+                return None
+        return {"index": index, "delta": delta, "logprobs": self._logprobs(choice, scored), **ending}
 
     def _logprobs(self, choice: CompletionOutput, scored: int) -> Answer | None:
         if choice.logprobs is None:
@@ -155,8 +195,15 @@ class ChatCompletion(Completion):
         return {"content": chat_logprobs(choice.token_ids[scored:], choice.logprobs[scored:], best), "refusal": None}
 
 
+def _failed(error: str) -> ApiError:
+    """A choice that ended with an error: the request's own fault, or ours."""
+    if not is_own_fault(error):
+        return ApiError(500, error, kind=SERVER, code="generation_failed")
+    return ApiError(400, error, param="structured_outputs" if "structured" in error else None, code="generation_failed")
+
+
 def _ending(choice: CompletionOutput) -> Answer:
-    reason = {"finish_reason": choice.finish_reason}
+    reason: Answer = {"finish_reason": choice.finish_reason}
     return reason if choice.stop_reason is None else {**reason, "stop_reason": choice.stop_reason}
 
 

@@ -19,9 +19,12 @@ from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
 from flover.request import ContextLengthError, SamplingParams
 from flover.server.answers import ChatCompletion, Completion
+from flover.server.embeddings import ONE_TOKEN, EmbeddingAnswer, EmbeddingRequest
 from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
 from flover.server.middleware import Auth, Bodies, RequestId
+from flover.server.openapi import openapi
 from flover.server.protocol import (
+    Body,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -29,6 +32,7 @@ from flover.server.protocol import (
     TokenizeRequest,
     decode,
 )
+from flover.server.responses import ResponseAnswer, ResponsesRequest
 from flover.server.service import Asked, Service
 from flover.server.sse import send_events, until_disconnect
 
@@ -55,6 +59,8 @@ def routes(service: Service) -> list[Route]:
         Route("/v1/models/{model_id:path}", _get(service, model)),
         Route("/v1/completions", Generation(service, CompletionRequest, Completion), methods=["POST"]),
         Route("/v1/chat/completions", Generation(service, ChatCompletionRequest, ChatCompletion), methods=["POST"]),
+        Route("/v1/responses", Generation(service, ResponsesRequest, ResponseAnswer), methods=["POST"]),
+        Route("/v1/embeddings", Generation(service, EmbeddingRequest, EmbeddingAnswer), methods=["POST"]),
         Route("/tokenize", _get(service, tokenize), methods=["POST"]),
         Route("/detokenize", _get(service, detokenize), methods=["POST"]),
         Route("/livez", _get(service, livez)),
@@ -62,6 +68,7 @@ def routes(service: Service) -> list[Route]:
         Route("/health", _get(service, readyz)),
         Route("/ping", _get(service, readyz), methods=["GET", "POST"]),
         Route("/version", _get(service, version)),
+        Route("/openapi.json", _get(service, document)),
         Route("/load", _get(service, load)),
         Route("/metrics", _get(service, metrics)),
     ]
@@ -70,7 +77,7 @@ def routes(service: Service) -> list[Route]:
 class Generation:
     """An endpoint that generates; plain ASGI, so that it sees the client go."""
 
-    def __init__(self, service: Service, kind: type[CompletionRequest | ChatCompletionRequest], answer: Any) -> None:
+    def __init__(self, service: Service, kind: type[GenerationRequest], answer: Any) -> None:
         self.service, self.kind, self.answer = service, kind, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,21 +87,23 @@ class Generation:
 
     def _decode(self, body: bytes) -> tuple[GenerationRequest, SamplingParams]:
         request = decode(body, self.kind)
-        chat = isinstance(request, ChatCompletionRequest)
+        if isinstance(request, EmbeddingRequest):
+            return request, ONE_TOKEN
+        chat = not isinstance(request, CompletionRequest)
         return request, request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
 
     async def _answer(
         self, request: GenerationRequest, params: SamplingParams, scope: Scope, receive: Receive, send: Send
     ) -> None:
         service, model = self.service, self.service.check_model(request.model)
-        if isinstance(request, CompletionRequest):
+        if isinstance(request, CompletionRequest | EmbeddingRequest):
             prompts = request.prompts()
         else:
-            assert isinstance(request, ChatCompletionRequest)
-            prompts = [await _conversation(service, request.messages, request.add_generation_prompt)]
+            assert isinstance(request, ChatCompletionRequest | ResponsesRequest)
+            prompts = [await conversation(service, request)]
         request.check_rows(len(prompts))
         service.check_room(params.n * len(prompts))  # before the work; what came meanwhile is seen below
-        answer: Completion = self.answer(request, model, len(prompts))
+        answer: Completion = self.answer(request, model, len(prompts), service.tool_format)
         salt = scope.get("state", {}).get("key", "") + (request.cache_salt or "")
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
@@ -105,7 +114,7 @@ class Generation:
         try:
             outputs = _outputs(stream)
             if request.stream:
-                await send_events(send, answer.events(outputs))
+                await send_events(send, answer.events(outputs), answer.error_event, answer.done)
             else:
                 await _json(await answer.whole(outputs))(scope, receive, send)
         except ApiError as error:
@@ -119,7 +128,8 @@ class Generation:
         self, request: GenerationRequest, prompt: Any, params: SamplingParams, request_id: str, salt: str
     ) -> Prepared:
         try:
-            prepared = await self.service.llm.prepare(prompt, params, request_id, cache_salt=salt)
+            pooling = (request.pooling or "last") if isinstance(request, EmbeddingRequest) else ""
+            prepared = await self.service.llm.prepare(prompt, params, request_id, cache_salt=salt, pooling=pooling)
             wanted, length = request.values().get("max_tokens"), len(prepared.prompt_token_ids)
             if wanted is not None and length + wanted > self.service.max_model_len:
                 raise ContextLengthError(
@@ -141,11 +151,16 @@ async def _outputs(stream: Stream) -> Any:
         raise engine_dead() from None
 
 
-async def _conversation(service: Service, messages: Any, add_generation_prompt: bool | None) -> Any:
+async def conversation(service: Service, request: ChatCompletionRequest | ResponsesRequest | TokenizeRequest) -> Any:
+    """The prompt of a chat, as the model's template makes it."""
+    more = request.chat_template_kwargs
     try:
-        return await service.llm.chat_prompt(messages, add_generation_prompt is not False)
+        return await service.llm.chat_prompt(
+            request.messages or [], request.add_generation_prompt is not False, request.given_tools, more
+        )
     except ValueError as error:
-        raise from_value_error(error, (), "messages") from None
+        subject = "input" if isinstance(request, ResponsesRequest) else "messages"
+        raise from_value_error(error, ("chat_template_kwargs",), subject) from None
 
 
 async def _body(service: Service, request: Request, read: Callable[[bytes], T]) -> T:
@@ -197,7 +212,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     if tokenizer is None:
         raise invalid("the model has no tokenizer")
     if body.messages is not None:
-        prompt = await _conversation(service, body.messages, body.add_generation_prompt)
+        prompt = await conversation(service, body)
         tokens = prompt["prompt_token_ids"]
     else:
         try:
@@ -236,6 +251,33 @@ async def readyz(service: Service, request: Request) -> Response:
 
 async def version(service: Service, request: Request) -> Response:
     return _json({"version": flover.__version__})
+
+
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+TOLD = {
+    "/v1/models": ("application/json", "the models"),
+    "/v1/models/{model_id}": ("application/json", "one model"),
+    "/livez": ("application/json", "this process answers"),
+    "/readyz": ("application/json", "requests are taken in"),
+    "/health": ("application/json", "requests are taken in"),
+    "/ping": ("application/json", "requests are taken in"),
+    "/load": ("application/json", "how much there is to do"),
+    "/version": ("application/json", "of Flover"),
+    "/metrics": ("text/plain", "Prometheus' text format"),
+    "/openapi.json": ("application/json", "this document"),
+}
+
+
+async def document(service: Service, request: Request) -> Response:
+    """The OpenAPI document."""
+    return _json(openapi(BODIES, TOLD))
 
 
 async def load(service: Service, request: Request) -> Response:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flover.server.tool_parsers import FORMATS
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -27,6 +29,7 @@ class ServerConfig:
         otlp_traces_endpoint: where a span of each request goes (OTLP over HTTP); none sends nothing anywhere.
         admin_socket: path of the Unix socket of `flover admin`; "" is one by the port in the folder of this user's
             sockets, "none" is none.
+        tool_call_parser: how the model writes tool calls; None: as its chat template says.
         max_restarts: failures in a row, of the engine or the front, after which it is not started again.
         engine_iteration_timeout: seconds without a step, with work, after which the engine is ended and started again;
             after a quarter of them the server is not ready.
@@ -48,6 +51,7 @@ class ServerConfig:
     log_prompts: bool = False
     otlp_traces_endpoint: str | None = None
     admin_socket: str = ""
+    tool_call_parser: str | None = None
     max_restarts: int = 5
     engine_iteration_timeout: float = 60.0
 
@@ -57,6 +61,8 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_queued_requests", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tool_call_parser is not None and self.tool_call_parser not in FORMATS:
+            raise ValueError(f"tool_call_parser must be one of {', '.join(FORMATS)}, got {self.tool_call_parser!r}")
         if self.metrics_compat not in ("flover", "vllm"):
             raise ValueError(f"metrics_compat must be flover or vllm, got {self.metrics_compat!r}")
         if self.max_restarts < 0:

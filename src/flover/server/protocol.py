@@ -13,29 +13,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flover.request import SamplingParams, show
 from flover.server.errors import ApiError, from_value_error, invalid
+from flover.server.tools import call_schema, check_tools
+from flover.structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_ROWS = 1024  # choices of one request, over all its prompts
 MAX_ENTRIES = 1 << 20  # of a list, times the rows
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's older names
 MAX_SECONDS = 1e6
-ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
 NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
     "suffix": NOTHING,
-    "tools": NOTHING,
-    "tool_choice": (*NOTHING, "none", "auto"),
     "functions": NOTHING,
     "function_call": (*NOTHING, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": NOTHING,
-    "guided_json": NOTHING,
-    "guided_regex": NOTHING,
-    "guided_choice": NOTHING,
-    "guided_grammar": NOTHING,
     "audio": NOTHING,
     "modalities": (*NOTHING, ["text"]),
     "chat_template": NOTHING,
-    "chat_template_kwargs": NOTHING,
     "use_beam_search": (None, False),
 }
 
@@ -86,6 +79,12 @@ class GenerationRequest(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     seed: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     priority: int | None = None
     timeout: float | None = None
     queue_timeout: float | None = None
@@ -107,7 +106,26 @@ class GenerationRequest(Body):
     def values(self) -> dict[str, Any]:
         """What was given of `SamplingParams`' fields."""
         names = SamplingParams.__dataclass_fields__
-        return {k: v for k in type(self).model_fields if k in names and (v := getattr(self, k)) is not None}
+        values = {k: v for k in type(self).model_fields if k in names and (v := getattr(self, k)) is not None}
+        structured = self.structured()
+        return values if structured is None else {**values, "structured_outputs": structured}
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """What the text must follow: of response_format, structured_outputs and the guided_ fields one at most."""
+        wanted = {
+            "response_format": format_schema(self.response_format),
+            "structured_outputs": self.structured_outputs,
+            **{name: {name[7:]: v} for name in GUIDED if (v := getattr(self, name)) is not None},
+        }
+        given = {name: value for name, value in wanted.items() if value is not None}
+        if len(given) > 1:
+            raise invalid(f"{' and '.join(given)} exclude each other", list(given)[1])
+        for name, value in given.items():
+            try:
+                return StructuredOutputsParams.of(value)
+            except ValueError as error:
+                raise invalid(f"{name}: {error}", name) from None
+        return None
 
     def sampling_params(self, base: SamplingParams) -> SamplingParams:
         """`base` with what was given on top; ApiError names the parameter at fault."""
@@ -118,7 +136,12 @@ class GenerationRequest(Body):
 
     def error(self, error: ValueError) -> ApiError:
         """A ValueError about this request."""
-        return from_value_error(error, type(self).model_fields, self.subject)
+        result = from_value_error(error, type(self).model_fields, self.subject)
+        if result.param == "structured_outputs" and self.structured_outputs is None:
+            names = ("response_format", *GUIDED, "tools", "text")
+            result.param = next((n for n in names if getattr(self, n, None)), self.subject)
+            result.message = result.message.replace("structured_outputs", result.param, 1)
+        return result
 
     def check_rows(self, num_prompts: int) -> None:
         """ApiError for more rows than one request may have, or for lists that would be copied to too many."""
@@ -144,7 +167,7 @@ class CompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        _check_logprobs("logprobs", self.logprobs)
+        check_logprobs("logprobs", self.logprobs)
 
     def values(self) -> dict[str, Any]:
         scored = {"prompt_logprobs": self.logprobs} if self.echo and self.logprobs is not None else {}
@@ -152,18 +175,7 @@ class CompletionRequest(GenerationRequest):
 
     def prompts(self) -> list[Any]:
         """One prompt for the engine each: text or a list of token ids."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt, list) and prompt:
-            if all(isinstance(one, int) for one in prompt):
-                return [prompt]
-            if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
-                if len(prompt) > MAX_ROWS:
-                    raise invalid(f"prompt holds {len(prompt)} prompts, the limit is {MAX_ROWS}", "prompt")
-                return prompt
-        wanted = "text, a list of texts, a list of token ids or a list of such lists"
-        raise invalid(f"prompt must be {wanted}, and not empty; got {show(prompt)}", "prompt")
+        return prompts_of("prompt", self.prompt)
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -172,15 +184,35 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     subject = "messages"
 
     def check(self) -> None:
         super().check()
-        check_messages(self.messages)
-        _check_logprobs("top_logprobs", self.top_logprobs)
+        check_tools(self.tools, self.tool_choice)
+        check_logprobs("top_logprobs", self.top_logprobs)
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid(f"top_logprobs needs logprobs to be true, got {self.top_logprobs}", "top_logprobs")
+
+    @property
+    def given_tools(self) -> list[dict[str, Any]] | None:
+        """Those that the model is told of."""
+        return None if self.tool_choice == "none" else self.tools or None
+
+    def structured(self) -> StructuredOutputsParams | None:
+        wanted, called = super().structured(), call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if called is None:
+            return wanted
+        if wanted is not None:
+            raise invalid("tool_choice asks for a call, which excludes another format of the text", "tool_choice")
+        try:
+            return StructuredOutputsParams(json=called)
+        except ValueError as error:
+            raise invalid(f"tools: {error}", "tools") from None
 
     def values(self) -> dict[str, Any]:
         values = super().values()
@@ -207,14 +239,18 @@ class TokenizeRequest(Body):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
     def check(self) -> None:
         super().check()
         if (self.prompt is None) == (self.messages is None):
             raise invalid("give prompt or messages, one of them", "prompt")
-        if self.messages is not None:
-            check_messages(self.messages)
+
+    @property
+    def given_tools(self) -> list[dict[str, Any]] | None:
+        return self.tools
 
 
 class DetokenizeRequest(Body):
@@ -222,17 +258,44 @@ class DetokenizeRequest(Body):
     tokens: list[int]
 
 
-def check_messages(messages: list[dict[str, Any]]) -> None:
-    """Roles; contents are checked where the template is rendered."""
-    for message in messages:
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise invalid(f"messages: role must be one of {', '.join(sorted(ROLES))}, got {show(role)}", "messages")
-        if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-            raise invalid(f"messages: a tool message needs tool_call_id, got {show(message)}", "messages")
+def prompts_of(name: str, prompt: Any) -> list[Any]:
+    """Prompts for the engine, text or a list of token ids each; ApiError for what is none. name: of the field."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(one, int) for one in prompt):
+            return [prompt]
+        if all(isinstance(one, str) for one in prompt) or all(isinstance(one, list) for one in prompt):
+            if len(prompt) > MAX_ROWS:
+                raise invalid(f"{name} holds {len(prompt)} prompts, the limit is {MAX_ROWS}", name)
+            return prompt
+    wanted = "text, a list of texts, a list of token ids or a list of such lists"
+    raise invalid(f"{name} must be {wanted}, and not empty; got {show(prompt)}", name)
 
 
-def _check_logprobs(name: str, value: int | None) -> None:
+def format_schema(value: Any, name: str = "response_format") -> dict[str, Any] | None:
+    """OpenAI's response_format as `StructuredOutputsParams` has it; None: any text. name: of the field.
+
+    Raises:
+        ApiError: another type, or a json_schema without a schema.
+    """
+    if not isinstance(value, dict):
+        value = {"type": "text" if value is None else value}
+    kind = value.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        raise invalid(f"{name}: type must be text, json_object or json_schema, got {show(kind)}", name)
+    named = value.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise invalid(f"{name}: json_schema needs a schema, got {show(value)}", name)
+    return {"json": schema}
+
+
+def check_logprobs(name: str, value: int | None) -> None:
     if value is not None and not 0 <= value <= MAX_LOGPROBS:
         raise invalid(f"{name} must be in [0, {MAX_LOGPROBS}], got {show(value)}", name)
 

@@ -16,6 +16,7 @@ from flover.server.config import ServerConfig
 from flover.server.errors import ApiError, deadline, draining, engine_dead
 from flover.server.load import Load
 from flover.server.metrics import Metrics
+from flover.server.tool_parsers import detect
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Service:
         self.metrics.blocks = llm.kv_blocks
         self.completion_params = llm.get_default_sampling_params()
         self.chat_params = llm.get_default_chat_params()
+        tokenizer = llm.engine.tokenizer
+        self.tool_format = config.tool_call_parser or detect(tokenizer.chat_template if tokenizer else None)
         self.draining = self.stalled = False
         self.dead = asyncio.Event()
         self.death = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -35,8 +35,10 @@ def event(value: Any) -> bytes:
     return b"data: " + _encoder.encode(value) + b"\n\n"
 
 
-async def send_events(send: Send, events: AsyncIterator[bytes]) -> None:
-    """A whole streamed response; an error of `events` is an event too."""
+async def send_events(
+    send: Send, events: AsyncIterator[bytes], error_event: Callable[[ApiError], bytes], done: bytes = DONE
+) -> None:
+    """A whole streamed response, `done` last; an error of `events` is an event too."""
     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
     quiet = True
 
@@ -57,10 +59,10 @@ async def send_events(send: Send, events: AsyncIterator[bytes]) -> None:
         if not isinstance(error, ApiError):
             logger.exception("a stream failed")
             error = internal(error)
-        await send({"type": "http.response.body", "body": event(error.body), "more_body": True})
+        await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
     finally:
         beat.cancel()
-    await send({"type": "http.response.body", "body": DONE, "more_body": False})
+    await send({"type": "http.response.body", "body": done, "more_body": False})
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -65,6 +65,7 @@ class Bench:
     Args:
         only: names of models to run; none: all of the scale. Of the others, what is stored is shown.
         draws: of each Poisson gap, if not the scale's. budget: seconds, after which no cell is begun.
+        outside: systems that are not ours, beside the others in the figures 4 and progress (`systems`).
         say: gets a line before each cell that runs.
     """
 
@@ -79,12 +80,13 @@ class Bench:
         overwrite: bool = False,
         draws: int | None = None,
         budget: float | None = None,
+        outside: Sequence[str] = (),
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.scale, self.seed, self.say = scale, seed, say
         self.device = detect_hardware(device).device
         self.machine = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        self.only, self.draws = tuple(only), draws or scale.draws
+        self.only, self.draws, self.outside = tuple(only), draws or scale.draws, tuple(outside)
         self.budget, self.planning = Budget(budget), False
         self.todo: list[Todo] = []  # of a planning pass, which runs nothing
         self.unmeasured: list[Data] = []
@@ -101,7 +103,11 @@ class Bench:
     def identity(self) -> Data:
         """What a stored figure must have been made with to be shown again."""
         settings = {"scale": self.scale.name, "sizes": mark(repr(self.scale), ()), "seed": self.seed}
-        return settings | {"device": self.machine, "models": list(self.only), "draws": self.draws}
+        return (
+            settings
+            | {"device": self.machine, "models": list(self.only), "draws": self.draws}
+            | ({"outside": list(self.outside)} if self.outside else {})
+        )
 
     # ---- models ------------------------------------------------------------------------------------------------------
 
@@ -219,7 +225,8 @@ class Bench:
             MissingError: it cannot run here.
         """
         piece, rows = f"{group}-{model}-{label or system}", rows or max(map(len, workloads.values()))
-        base: Data = {"model": self.scale.shapes[model], "dtype": self.scale.dtype, "machine": self.machine}
+        shape = {k: v for k, v in self.scale.shapes[model].items() if k != "model_type"}  # only transformers reads it
+        base: Data = {"model": shape, "dtype": self.scale.dtype, "machine": self.machine}
         base |= {"runs": self.scale.runs, "threads": self.scale.threads}
         marks = {cell: base | {"jobs": mark(system, jobs)} for cell, jobs in workloads.items()}
         found = {cell: self.pieces.find(piece, cell, marks[cell]) for cell in workloads}

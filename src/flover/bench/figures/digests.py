@@ -67,8 +67,17 @@ def digest(run: Run, jobs: Sequence[Job], reference: Tokens) -> Data:
             "kv_moved_bytes": sum(s.kv_moved_bytes for s in run.steps),
             "kv_token_bytes_read": float(sum(s.kv_used_bytes for s in steps)),
             "step_times": step_times(run),
+            "busy": busy_seconds(run),
+            "reorder_host": run.reorder_host,
+            "reorder_device": run.reorder_device,
         }
     return data
+
+
+def busy_seconds(run: Run) -> float:
+    """Time that steps take, without the waiting between them."""
+    ends = [0.0, *(step.end for step in run.steps)]
+    return sum(step.end - max(step.start, end) for step, end in zip(run.steps, ends))
 
 
 def step_times(run: Run) -> list[list[float]]:

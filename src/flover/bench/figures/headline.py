@@ -11,10 +11,10 @@ from typing import Any
 from flover.bench.figures import published
 from flover.bench.figures.context import OURS, Bench, Figure
 from flover.bench.figures.digests import Data, curves_of
-from flover.bench.figures.scale import Bytes, Gap
+from flover.bench.figures.scale import Gap
 from flover.bench.figures.servers import MissingError
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
-from flover.bench.records import Job
+from flover.bench.records import Job, Run
 from flover.bench.workload import Interval
 
 
@@ -42,15 +42,25 @@ def runs(bench: Bench) -> tuple[list[Data], list[Data], list[Data]]:
     return rows, tokens, gaps
 
 
-# requests, beside the most
-FEW = {"fused": (8, 2, 4, 16, 1), "dynamic:50ms": (8,), "concurrent": (8, 2, 4, 1, 16)}
+# requests, beside the most; processes: those only, at the scaled interval
+FEW: dict[str, tuple[int, ...]] = {
+    "fused": (8, 2, 4, 16, 1),
+    "dynamic:50ms": (8,),
+    "concurrent": (8, 2, 4, 1, 16),
+    "processes": (),
+}
+BASELINES = ("serial", "concurrent")  # x_over_best is over the better of them
 
 
 def cells(bench: Bench, model: str, single: float, label: str) -> dict[str, list[Job]]:
     """Workloads of a system, the most important first: the scaled interval, 0, fewer requests, 20 and 500 ms."""
     main, *others = gaps_of(bench, model)
+    if label == "processes":
+        others = []
+    elif label not in FEW:  # an outside system
+        others = others[:1]
     late = [gap for gap in others if gap.label in ("20 ms", "500 ms")]
-    few = [(main, n) for n in FEW[label] if n in bench.scale.requests and n < bench.most]
+    few = [(main, n) for n in FEW.get(label, ()) if n in bench.scale.requests and n < bench.most]
     order = [(main, bench.most), *((gap, bench.most) for gap in others if gap not in late)]
     later = [(gap, bench.most) for gap in late]
     order += [*later, *few] if label == "fused" else [*few, *later]
@@ -59,15 +69,27 @@ def cells(bench: Bench, model: str, single: float, label: str) -> dict[str, list
     }
 
 
+def systems_of(bench: Bench) -> list[str]:
+    """Labels of the systems of these figures, cheap ones first."""
+    return [*(label for label in FEW if label != "processes" or bench.scale.processes), *bench.outside]
+
+
 def measure_cells(bench: Bench, model: str, label: str, reference: Data, only: str = "") -> Data:
     """Those of a system, or one of them. Raises MissingError."""
     single: float = reference["single"]
     delay = 0.05 if bench.scale.absolute else 0.05 / published.FIG_4A[model].single * single
     names = {"fused": OURS, "concurrent": f"concurrent:{bench.most}", "dynamic:50ms": f"dynamic:{delay * 1e3:.3f}ms"}
+    names |= {"processes": "concurrent-processes"} | {name: name for name in bench.outside}
+    rows = bench.scale.processes if label == "processes" else bench.most
     jobs = cells(bench, model, single, label)
     if only:
         jobs = {only: jobs[only]}
-    return bench.measure("headline", model, names[label], jobs, reference["tokens"], curves_of, label, rows=bench.most)
+
+    def extra(run: Run) -> Data:
+        return curves_of(run) | {"system": run.system}
+
+    tokens = [] if label in bench.outside else reference["tokens"]  # other weights, other tokens
+    return bench.measure("headline", model, names[label], jobs, tokens, extra, label, rows)
 
 
 def _model_rows(bench: Bench, model: str, tokens: list[Data], missing: list[Data]) -> list[Data]:
@@ -76,37 +98,37 @@ def _model_rows(bench: Bench, model: str, tokens: list[Data], missing: list[Data
     reference = bench.reference(model, scale.num_output)
     single: float = reference["single"]
     measured: dict[str, Data] = {}
-    for label in FEW:
+    for label in systems_of(bench):
         try:
             measured[label] = measure_cells(bench, model, label, reference)
         except MissingError as error:
             missing.append({"model": model, "what": label, "why": str(error)})
             continue
-        tokens += [{"model": model, "system": label, "run": k} | v["agree"] for k, v in measured[label].items()]
-    size = bench.bytes_of(model)
+        if label not in bench.outside:
+            tokens += [{"model": model, "system": label, "run": k} | v["agree"] for k, v in measured[label].items()]
     return [
-        row_of(model, gap, jobs, {s: runs.get(cell) for s, runs in measured.items()}, reference, size)
+        row_of(bench, model, gap, jobs, {s: runs.get(cell) for s, runs in measured.items()}, reference)
         for gap in gaps_of(bench, model)
         for cell, jobs in sorted(cells(bench, model, single, "fused").items(), key=lambda item: len(item[1]))
         if cell.startswith(f"{gap.label} |")
     ]
 
 
-def row_of(model: str, gap: Gap, jobs: list[Job], measured: Data, reference: Data, size: Bytes) -> Data:
+def row_of(bench: Bench, model: str, gap: Gap, jobs: list[Job], measured: Data, reference: Data) -> Data:
     """One line of the table; `x` is short for "times as fast as"."""
     single: float = reference["single"]
     arrivals, service = [job.arrival for job in jobs], reference["service"][: len(jobs)]
     ends = queue_ends(arrivals, service)
     num_tokens = sum(job.num_output for job in jobs)
     row: Data = {"model": model, "interval": gap.label, "requests": len(jobs), "single_s": single, "serial_s": ends[-1]}
-    for system in ("fused", "concurrent", "dynamic:50ms"):
+    for system in (*FEW, *bench.outside):
         run = measured.get(system)
         row[f"{system}_s"] = run and run["seconds"]
         row[f"{system}_tokens_per_s"] = run and num_tokens / run["seconds"]
         row[f"{system}_latency_x"] = run and run["latency"] / single
     row["serial_tokens_per_s"] = num_tokens / ends[-1]
     row["serial_latency_x"] = sum(end - at for end, at in zip(ends, arrivals)) / len(jobs) / single
-    share = gap.of(single) / single
+    share, size = gap.of(single) / single, bench.bytes_of(model)
     alone = size.request(len(jobs[0].prompt), jobs[0].num_output)
     ideal = simulate(
         [job._replace(arrival=job.arrival / single * alone) for job in jobs], lambda _, held: size.step(held)
@@ -114,12 +136,16 @@ def row_of(model: str, gap: Gap, jobs: list[Job], measured: Data, reference: Dat
     row["bound_bytes"] = max(len(jobs), (len(jobs) - 1) * share + 1) * alone / ideal.seconds
     row["bound_arrivals"] = arrival_bound(len(jobs), share)
     row["latency_bound_x"] = ideal.latency / alone
-    row["best_of"] = "serial, concurrent" if row["concurrent_s"] else "serial"
+    known = [name for name in BASELINES if row[f"{name}_s"]]
+    row["best_of"] = ", ".join(known)
+    row["processes"] = (measured.get("processes") or {}).get("system", "").rpartition(":")[2] or None
     if row["fused_s"]:
-        best = min(row["serial_s"], row["concurrent_s"] or row["serial_s"])
+        best = min(row[f"{name}_s"] for name in known)
         row["x_over_best"] = best / row["fused_s"]
         row["x_over_concurrent"] = row["concurrent_s"] and row["concurrent_s"] / row["fused_s"]
         row["x_over_dynamic"] = row["dynamic:50ms_s"] and row["dynamic:50ms_s"] / row["fused_s"]
+        for name in ("processes", *bench.outside):
+            row[f"x_over_{name}"] = row[f"{name}_s"] and row[f"{name}_s"] / row["fused_s"]
         row["share_of_bound"] = row["x_over_best"] / row["bound_bytes"]
     return row
 
@@ -159,7 +185,8 @@ def figure_4a(bench: Bench) -> Figure:
         "The release's 65B has an intermediate size of 11008, here it has its true 22016.",
         "serial_s is computed from the measured service times, as a queue with one server; where serial ran fewer"
         " requests than a row has (33B, 65B), the others take the median: all are of one length.",
-        "best_of: what x_over_best is over; concurrent instances are not measured in every cell.",
+        "best_of: what x_over_best is over; concurrent instances are not measured in every cell. processes: how many,"
+        " each with weights of its own, as many as fit up to 8; on a GPU they take turns.",
     ]
     shown = ("_latency_x", "_per_s", "latency_bound_x")
     table = [{k: v for k, v in row.items() if not k.endswith(shown)} for row in rows]

@@ -52,7 +52,7 @@ def draw_4a(data: Data) -> Figure:
         last = rows[-1]
         if last.get("x_over_best"):
             one.annotate(
-                f"{last['x_over_best']:.1f}x over the better of serial and\nconcurrent; arrivals allow"
+                f"{last['x_over_best']:.1f}x over the better of\n{last['best_of']}; arrivals allow"
                 f" {last['bound_arrivals']:.1f}x",
                 (0.03, 0.97),
                 xycoords="axes fraction",

@@ -36,32 +36,36 @@ class Pieces:
     def __init__(self, folder: Path, made_by: Data, overwrite: bool) -> None:
         self._folder, self._made_by, self._overwrite = folder, made_by, overwrite
         self._made: set[tuple[str, str]] = set()  # in this run
+        self._read: dict[str, Data] = {}
 
     def _path(self, piece: str) -> Path:
         return self._folder / f"{piece.replace(':', '-').replace('/', '-')}.json"
 
-    def _read(self, piece: str) -> Data:
-        try:
-            stored = json.loads(self._path(piece).read_text(encoding="utf-8"))
-            return dict(stored["cells"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return {}
+    def _cells(self, piece: str) -> Data:
+        if piece not in self._read:
+            try:
+                stored = json.loads(self._path(piece).read_text(encoding="utf-8"))
+                self._read[piece] = dict(stored["cells"])
+            except (OSError, ValueError, LookupError, TypeError):
+                self._read[piece] = {}
+        return self._read[piece]
 
     def find(self, piece: str, cell: str, identity: Data) -> Data | None:
         """The data of a cell that was made with the same identity."""
-        stored = self._read(piece).get(cell)
+        stored = self._cells(piece).get(cell)
         if stored is None or stored["identity"] != identity or (self._overwrite and (piece, cell) not in self._made):
             return None
         return dict(stored["data"])
 
     def keep(self, piece: str, cell: str, identity: Data, data: Data) -> Data:
         """Store a cell; -> as a later run will read it."""
-        cells = self._read(piece)
-        cells[cell] = {"identity": identity, "made_by": self._made_by, "data": data}
+        cells = self._cells(piece)
+        normal: Data = json.loads(json.dumps(data))
+        cells[cell] = {"identity": identity, "made_by": self._made_by, "data": normal}
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._path(piece), {"piece": piece, "cells": cells}, indent=None)
         self._made.add((piece, cell))
-        return dict(json.loads(json.dumps(data)))
+        return dict(normal)
 
 
 class Budget:
@@ -111,5 +115,8 @@ class Pace(NamedTuple):
     def loading(self, system: str) -> float:
         """Seconds until a system is ready."""
         kind, _, detail = system.partition(":")
-        instances = int(detail or 32) if kind.startswith("concurrent") and self.device == "cuda" else 0
-        return GUESS[self.device][2] + self.size.weights / 1e10 + CAPTURE_SECONDS * instances
+        one = GUESS[self.device][2] + self.size.weights / 1e10
+        if kind == "concurrent-processes":  # one after the other, each also starts Python
+            return int(detail or 8) * one
+        instances = int(detail or 32) if kind == "concurrent" and self.device == "cuda" else 0
+        return one + CAPTURE_SECONDS * instances

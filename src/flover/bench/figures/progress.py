@@ -11,6 +11,7 @@ from flover.bench.figures.digests import Data, curves_of
 from flover.bench.figures.headline import cells, measure_cells
 from flover.bench.figures.servers import MissingError
 from flover.bench.figures.theory import queue_ends
+from flover.bench.systems import OUTSIDE
 
 WINDOWS = (0.05, *published.PROGRESS["windows_s"])
 
@@ -35,7 +36,7 @@ def figure_progress(bench: Bench) -> Figure:
     tokens: list[Data] = []
     gaps: list[Data] = []
     curves: Data = {}
-    for label in ("fused", *windows, "concurrent"):
+    for label in ("fused", *windows, "concurrent", *bench.outside):
         try:
             if label in windows:
                 found = bench.measure(
@@ -47,7 +48,8 @@ def figure_progress(bench: Bench) -> Figure:
             gaps.append({"system": label, "why": str(error)})
             continue
         for run in found.values():
-            tokens.append({"system": label} | run["agree"])
+            if label not in bench.outside:
+                tokens.append({"system": label} | run["agree"])
             curves[label] = {"tokens": run["curve_tokens"], "finished": run["curve_finished"]}
             rows.append(_progress_row(label, run, single))
     ends = queue_ends([job.arrival for job in jobs], reference["service"])
@@ -86,7 +88,7 @@ def _progress_row(label: str, run: Data, single: float) -> Data:
 
 def _progress_verdict(rows: Sequence[Data]) -> str:
     fused = next((row for row in rows if row["system"] == "fused"), None)
-    others = [row for row in rows if row["system"] != "fused"]
+    others = [row for row in rows if row["system"] != "fused" and not row["system"].startswith(OUTSIDE)]
     if fused is None or len(others) < 2:
         return "Gap: fused, or what it is compared with, could not run here."
     best, last = min(others, key=lambda row: float(row["end_x"])), max(others, key=lambda row: float(row["end_x"]))

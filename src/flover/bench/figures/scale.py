@@ -25,6 +25,7 @@ class Gap(NamedTuple):
 def _llama(hidden: int, size: int, layers: int, heads: int, vocab: int = 32000, length: int = 2048) -> Shape:
     return {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": size,
         "num_hidden_layers": layers,
@@ -40,6 +41,7 @@ def _llama(hidden: int, size: int, layers: int, heads: int, vocab: int = 32000, 
 def _gptj(hidden: int, layers: int, heads: int, rotary: int, vocab: int = 50400, length: int = 2048) -> Shape:
     return {
         "architectures": ["GPTJForCausalLM"],
+        "model_type": "gptj",
         "n_embd": hidden,
         "n_layer": layers,
         "n_head": heads,
@@ -74,6 +76,7 @@ class Scale:
         runs: of each workload, of which the fastest counts: short runs are noisy.
         threads: of the engine on a CPU; more only get in each other's way where a model is tiny.
         serial: of how many requests serial is measured, where fewer than the most will do: they are of one length.
+        processes: with weights of their own, at most, or as many as fit; 0: none.
         lens: maximum lengths of the reorder study. slots: its numbers of slots; traces: random ones of each length.
     """
 
@@ -96,6 +99,7 @@ class Scale:
     slots: tuple[int, ...]
     traces: int
     serial: Mapping[str, int]
+    processes: int
     threads: int | None = None
     runs: int = 1
 
@@ -125,6 +129,7 @@ FULL = Scale(
     slots=(32, 64, 128, 256, 512, 1024, 2048, 4096),
     traces=100,
     serial={"llama-33b": 8, "llama-65b": 4},
+    processes=8,
 )
 TINY = Scale(
     name="tiny",
@@ -146,6 +151,7 @@ TINY = Scale(
     slots=(32, 128, 1024, 4096),
     traces=20,
     serial={},
+    processes=2,
     threads=1,
     runs=3,
 )

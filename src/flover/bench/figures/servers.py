@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from flover.bench.engines import DynamicSystem, EngineSystem, Parting
 from flover.bench.figures.digests import Tokens, partings
-from flover.bench.instances import ConcurrentSystem
+from flover.bench.instances import InstancesSystem
 from flover.bench.records import Job, Run, System
 from flover.bench.systems import make_system, parse_delay
 from flover.config import EngineConfig
@@ -41,7 +39,7 @@ class Servers:
             try:
                 self._server = make_system(name, config)
                 prepare(self._server, jobs)
-            except (ImportError, torch.OutOfMemoryError, ValueError) as error:
+            except (ImportError, RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
                 self.close()
                 raise MissingError(" ".join(str(error).split())) from None
             self._key = _key(name, config)
@@ -62,12 +60,13 @@ def _key(name: str, config: EngineConfig) -> tuple[str, EngineConfig]:
 
 def prepare(server: System, jobs: Sequence[Job]) -> None:
     """Compile and capture what the jobs need."""
-    if isinstance(server, ConcurrentSystem):
-        server.warm_up(jobs[0])
-        return
+    if isinstance(server, InstancesSystem):
+        return server.warm_up(jobs[0])
     if isinstance(server, EngineSystem):
         server.core.warm_up()
-    server.run(warm_up(jobs))
+        server.run(warm_up(jobs))
+    else:
+        server.run(warm_up(jobs[:4]))
 
 
 def warm_up(jobs: Sequence[Job]) -> list[Job]:
@@ -84,7 +83,7 @@ def logit_gap(server: System, jobs: Sequence[Job], run: Run, reference: Tokens) 
     has more than the run's own. Tokens that part at a gap of rounding's size were all but tied. None: none parts, or
     the system has no logits to show, or the run's token is not among its 20 best.
     """
-    if not isinstance(server, (EngineSystem, ConcurrentSystem)):
+    if not isinstance(server, (EngineSystem, InstancesSystem)):
         return None
     found = partings([record.token_ids for record in run.records], reference)
     parted = [(i, at) for i, at in enumerate(found) if at is not None][:GAP_SAMPLES]

@@ -197,6 +197,13 @@ def filter_logits(
     return scores.masked_fill_(scores < floor, -math.inf)
 
 
+def mask_by_bits(scores: Tensor, bits: Tensor) -> Tensor:
+    """Mask, in place, the tokens whose bit is 0. bits: [rows, ceil(vocab / 32)] int32, the lowest bit first."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    allowed = (bits[:, :, None] >> places) & 1
+    return scores.masked_fill_(allowed.flatten(1)[:, : scores.shape[1]] == 0, -math.inf)
+
+
 def sample_tokens(scores: Tensor, noise: Tensor | None = None, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The best token of every row, the lowest id on a tie.
 
