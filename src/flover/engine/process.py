@@ -42,6 +42,8 @@ class EngineProcess:
                     return
                 self._take(message)
             self._connection.send(_stepped(core.step()))
+            if core.dead is not None:  # every request has ended with the error; who starts an engine again, does
+                return
 
     def _take(self, message: NewRequest | Finish) -> None:
         if isinstance(message, Finish):
