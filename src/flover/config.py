@@ -184,6 +184,7 @@ class EngineConfig:
         max_num_batched_tokens: token budget of a step; decode rows always run, it bounds the prefill beside them.
         kv_layout: "paged" (blocks, prefix reuse) or "slab" (the paper's contiguous buffer).
         reorder: slab only: "off" (dead rows compute until an edge frees), "move" (compaction), "indirect" (no copies).
+        tensor_parallel_size: ranks that compute the model together, each with a part of every layer and of the cache.
         num_kv_blocks: paged cache size in blocks of block_size; kv_cache_memory_bytes: in bytes. Give at most one.
         gpu_memory_utilization: share of the memory free on the GPU that weights, steps and cache may take together.
         batch_invariant: every logit bit-equal alone and fused, at the price of padding.
@@ -227,6 +228,7 @@ class EngineConfig:
     generation_config: str = "auto"
     load_format: str = "auto"
     quantization: str = "none"
+    tensor_parallel_size: int = 1
     num_threads: int | None = None
     record_timeline: bool = False
     debug_poison: bool = False

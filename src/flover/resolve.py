@@ -22,6 +22,7 @@ from flover.config import (
     Setting,
     human,
 )
+from flover.sharding import check_ranks, local_kv_heads
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -44,9 +45,10 @@ def kv_dtype(config: EngineConfig, dtype: str) -> str:
     return FP8 if config.kv_cache_dtype == "fp8" else dtype
 
 
-def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
-    """K and V of one token in all layers, in a cache of `dtype`."""
-    return model.kv_elements_per_token * (1 if dtype == FP8 else DTYPE_BYTES[dtype])
+def kv_bytes_per_token(model: ModelConfig, dtype: str, ranks: int = 1) -> int:
+    """K and V of one token in all layers, in a rank's cache of `dtype`."""
+    elements = model.kv_elements_per_token // model.num_kv_heads * local_kv_heads(model, ranks)
+    return elements * (1 if dtype == FP8 else DTYPE_BYTES[dtype])
 
 
 def memory_share(config: EngineConfig, device: str) -> float:
@@ -79,7 +81,10 @@ def resolve(
     why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")
     seqs = decide("max_num_seqs", DEFAULT_MAX_NUM_SEQS, "default", "")
     cache_dtype = kv_dtype(config, dtype)
-    token_bytes = kv_bytes_per_token(model, cache_dtype)
+    check_ranks(model, config.tensor_parallel_size)
+    if config.tensor_parallel_size > 1 and device == "cuda" and config.prefill_mode == "overlap":
+        raise ValueError("prefill_mode='overlap' with tensor_parallel_size above 1: ranks cannot talk on two streams")
+    token_bytes = kv_bytes_per_token(model, cache_dtype, config.tensor_parallel_size)
     share = memory_share(config, device)
     free = int(hardware.free_bytes * share) - weights - step
     if free <= 0:

@@ -7,6 +7,7 @@ by commands that need it.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import flover
 from flover.cli import admin, bench
 from flover.cli.options import with_options
 from flover.config import EngineConfig
+from flover.engine.launch import COMMAND, launched
 from flover.request import SamplingParams
 
 app = typer.Typer(
@@ -186,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show_log()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
+        if (code := _serve_rank_0(arguments)) is not None:
+            return code
         result = app(args=arguments, prog_name="flover", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
@@ -199,6 +203,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if usage is None:
             raise
         return _fail(usage())
+
+
+def _serve_rank_0(arguments: Sequence[str]) -> int | None:
+    """Of the processes that torchrun starts with one command, the first runs it; -> the exit code of another."""
+    launch = launched()
+    if launch is None:
+        return None
+    os.environ[COMMAND] = " ".join(arguments)
+    if launch.rank == 0:
+        return None
+    from flover.engine.rank import join
+
+    return join(launch)
 
 
 class _Dim(logging.Handler):

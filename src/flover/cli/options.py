@@ -33,6 +33,7 @@ SKIPPED_SAMPLING = {"seed"}  # --seed is the engine's: it covers every prompt th
 SPELLINGS = {
     "model": ("--model", "-m"),
     "max_tokens": ("--max-tokens", "-n"),
+    "tensor_parallel_size": ("--tensor-parallel-size", "-tp"),
     "generation_config": ("--generation-config", "--sampling-defaults"),
     "input_len": ("--input-len", "--random-input-len"),
     "output_len": ("--output-len", "--random-output-len"),
@@ -76,6 +77,7 @@ HELP = {
     "generation_config": "auto: the checkpoint's sampling defaults; none: not",
     "load_format": "dummy: random weights",
     "quantization": "of linear layers while loading: weights of 8 bits, with _w8a8 tokens too",
+    "tensor_parallel_size": "ranks that compute the model together: GPUs, or processes on a CPU",
     "num_threads": "CPU threads",
     "debug_poison": "fill freed KV with NaN",
     "num_prompts": "requests (default: 32, or all of a trace)",

@@ -28,6 +28,7 @@ class RowJoin(msgspec.Struct, frozen=True, array_like=True):
     num_computed_tokens: int  # already in the cache (prefix reuse)
     sampling: RowSampling
     history: tuple[list[int], list[int]] | None = None  # prompt ids, output ids; only if sampling.needs_history
+    request: int = 0  # its number by arrival
 
 
 class BatchPlan(msgspec.Struct, frozen=True, array_like=True):

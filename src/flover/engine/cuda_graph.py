@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flover.layers.sampler import Sampler, SamplerOutput
+from flover.parallel import ALONE, Group
 from flover.request import RowSampling
 
 logger = logging.getLogger("flover")
@@ -72,12 +73,22 @@ class Steps(Protocol):
 
 
 class StepGraphs:
-    """vocab_size, dtype: of the logits. max_tokens: no step has more."""
+    """vocab_size, dtype: of the logits. max_tokens: no step has more.
+
+    group: the ranks whose collectives are recorded too; all record and replay the same graphs in the same order.
+    """
 
     def __init__(
-        self, steps: Steps, vocab_size: int, dtype: torch.dtype, max_tokens: int, device: torch.device
+        self,
+        steps: Steps,
+        vocab_size: int,
+        dtype: torch.dtype,
+        max_tokens: int,
+        device: torch.device,
+        group: Group = ALONE,
     ) -> None:
         self._steps, self._max_tokens = steps, max_tokens
+        self._group, self._device = group, device
         self._pool = torch.cuda.graph_pool_handle()
         self._forward: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._sampling: dict[tuple[int, tuple[bool, ...]], tuple[torch.cuda.CUDAGraph, SamplerOutput]] = {}
@@ -101,7 +112,7 @@ class StepGraphs:
         for shape in self._likely():
             if shape not in self._forward and (shape.prefill or not prefill_only):
                 self._capture(shape)
-            if time.monotonic() - started > seconds:
+            if self._group.agree(time.monotonic() - started > seconds, self._device):
                 break
         torch.cuda.current_stream().synchronize()
         logger.info("captured %d step shapes in %.1f s", len(self._forward), time.monotonic() - started)

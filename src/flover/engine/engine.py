@@ -23,6 +23,9 @@ from flover.engine.batch import BatchPlan, RowMasks, StepResult
 from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.executor import InlineExecutor, ThreadExecutor
 from flover.engine.grammar import Grammars, Vocabulary
+from flover.engine.join import form_group, use_threads
+from flover.engine.launch import ranks_here
+from flover.engine.links import GroupDeadError
 from flover.engine.runner import ModelRunner
 from flover.engine.scheduler import Scheduler
 from flover.engine.step import Step, StepOutput
@@ -33,8 +36,10 @@ from flover.kv.slab import SlabLayout, SlabMode
 from flover.models.base import CausalLM
 from flover.models.loader import resolve_model, weight_bytes
 from flover.models.registry import model_class
+from flover.parallel import ALONE, Group
 from flover.request import FinishReason, Request
 from flover.resolve import effective_dtype, resolve
+from flover.sharding import check_ranks
 from flover.startup import StartupTimes, process_age
 
 IMPORTS = process_age()  # seconds until this line, above which all of flover, torch and Python itself were imported
@@ -60,6 +65,20 @@ def detect_hardware(device: str) -> Hardware:
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return Hardware("cuda", torch.cuda.mem_get_info()[0])
     return Hardware("cpu", free_memory())
+
+
+def _share(hardware: Hardware, ranks: int) -> Hardware:
+    """A rank's part of this machine.
+
+    Raises:
+        ValueError: more ranks than GPUs.
+    """
+    here = ranks_here(ranks)
+    if hardware.device == "cpu":
+        return hardware._replace(free_bytes=hardware.free_bytes // here)
+    if here > (have := torch.cuda.device_count()):
+        raise ValueError(f"tensor_parallel_size={ranks} needs {here} GPUs on this machine, it has {have}")
+    return hardware
 
 
 def free_memory() -> int:
@@ -92,22 +111,27 @@ def make_runner(
     times: StartupTimes,
     model: CausalLM | None = None,
     warm_up_seconds: float = WARM_UP_SECONDS,
+    group: Group = ALONE,
 ) -> ModelRunner:
     """The runner that fits backend and device. model: of another runner, whose weights this one shares."""
     if not _on_triton(config):
-        return ModelRunner(config, folder, times=times, model=model)
+        return ModelRunner(config, folder, times=times, model=model, group=group)
     from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
 
-    runner = GpuRunner(config, folder, times, model)
+    runner = GpuRunner(config, folder, times, model, group)
     with times.phase("graphs"):
         runner.warm_up(warm_up_seconds)
     return runner
 
 
 def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> Executor:
-    """A runner, where it should run."""
-    make = partial(make_runner, config, folder, times)
-    return InlineExecutor(make()) if _on_triton(config) else ThreadExecutor(make)
+    """A runner, where it should run; with others like it, if the model has several ranks."""
+
+    def local(group: Group) -> InlineExecutor | ThreadExecutor:
+        make = partial(make_runner, config, folder, times, group=group)
+        return InlineExecutor(make()) if _on_triton(config) else ThreadExecutor(make)
+
+    return local(ALONE) if config.engine.tensor_parallel_size == 1 else form_group(config, folder, local)
 
 
 def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Path, ModelConfig, Hardware, int]:
@@ -129,12 +153,15 @@ def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Pat
         dtype: torch.dtype = getattr(torch, effective_dtype(config, model, hardware.device))
         if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
             raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
-        kind = config.quantization
+        kind, group = config.quantization, Group(0, config.tensor_parallel_size)
+        if group.size > 1:
+            check_ranks(model, group.size)
+            hardware = _share(hardware, group.size)
         fp8 = "fp8" in (kind[:3], config.kv_cache_dtype)
         if hardware.device == "cuda" and fp8 and torch.cuda.get_device_capability() < (8, 9):
             instead = f"quantization={kind.replace('fp8', 'int8')!r}, kv_cache_dtype='auto'"
             raise ValueError(f"this GPU is too old for fp8 (compute capability below 8.9); {instead} works")
-        return folder, model, hardware, weight_bytes(folder, model, dtype, kind)
+        return folder, model, hardware, weight_bytes(folder, model, dtype, kind, group)
 
 
 def settle(
@@ -174,8 +201,6 @@ class EngineCore:
     def __init__(
         self, config: EngineConfig, executor: Executor | None = None, resolved: ResolvedConfig | None = None
     ) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         self.startup_times = StartupTimes(IMPORTS)
         if resolved is None:
             self.folder, model, hardware, weights = survey(config, self.startup_times)
@@ -186,7 +211,9 @@ class EngineCore:
                 logger.warning("the context is cut to the %d tokens that the KV cache holds, of %d", context, possible)
         else:
             self.folder = resolve_model(config.model)
+        use_threads(config, resolved.engine.device)
         self.resolved: ResolvedConfig = resolved
+        self.dead: GroupDeadError | None = None  # a rank is lost, and nothing can be served any more
         self.clock = time.monotonic
         self.scheduler = Scheduler(self.resolved.scheduler, self.resolved.kv, make_layout(self.resolved.kv), self.clock)
         self._executor = executor or make_executor(self.resolved, self.folder, self.startup_times)
@@ -207,7 +234,9 @@ class EngineCore:
         self.scheduler.check(request)
 
     def add(self, request: Request) -> None:
-        """Queue a request; ValueError if its id is live or it could never be served."""
+        """Queue a request; ValueError if its id is live or it could never be served, RuntimeError if a rank is lost."""
+        if self.dead is not None:
+            raise self.dead
         request.arrival_time = request.arrival_time or self.clock()
         self.scheduler.add(request)
         if request.grammar:
@@ -237,6 +266,8 @@ class EngineCore:
         step, future = self._in_flight.popleft()
         try:
             result = future.result()
+        except GroupDeadError as error:
+            return self._die(step, error)
         except Exception as error:
             return self._recover(step, error)
         output = self.scheduler.update(step, result)
@@ -266,6 +297,15 @@ class EngineCore:
             return StepOutput(stats=failed.stats)
         logger.error("step %d failed: %s: %s", failed.plan.step, type(error).__name__, error)
         self.scheduler.rewind(failed, f"the step failed on the device: {type(error).__name__}: {error}")
+        return StepOutput(finished=self.scheduler.drain_finished(), stats=failed.stats)
+
+    def _die(self, failed: Step, error: GroupDeadError) -> StepOutput:
+        """A rank is lost: every request ends with the error."""
+        self.dead = error
+        self._in_flight.clear()
+        logger.error("%s", error)
+        self.scheduler.rewind(failed, str(error))
+        self.scheduler.fail_all(str(error))
         return StepOutput(finished=self.scheduler.drain_finished(), stats=failed.stats)
 
     def shutdown(self) -> None:

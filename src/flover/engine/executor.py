@@ -12,10 +12,14 @@ threads than cores, puts idle ones to sleep after every parallel region, and a s
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 from flover.engine.batch import BatchPlan, RowMasks, StepResult, decode_masks, decode_plan, encode_masks, encode_plan
+
+T = TypeVar("T")
 
 
 class Pending(Protocol):
@@ -102,11 +106,19 @@ class InlineExecutor:
 
     def submit(self, plan: BatchPlan) -> Future[StepResult]:
         """Launch a plan; what goes wrong is in the future, also here. The future of a masked plan is `sample`'s."""
-        return self._run(self._phases.run, encode_plan(plan))
+        return self.launch(encode_plan(plan))
+
+    def launch(self, data: bytes) -> Future[StepResult]:
+        """The same for an encoded plan."""
+        return self._run(self._phases.run, data)
 
     def sample(self, masks: RowMasks) -> Future[StepResult]:
         """Draw the tokens of the masked plan that was submitted last."""
-        return self._run(self._phases.sample, encode_masks(masks))
+        return self.draw(encode_masks(masks))
+
+    def draw(self, data: bytes) -> Future[StepResult]:
+        """The same for encoded masks."""
+        return self._run(self._phases.sample, data)
 
     def _run(self, phase: Callable[[bytes], StepResult | Pending | None], data: bytes) -> Future[StepResult]:
         future: Future[StepResult] = Future()
@@ -126,8 +138,40 @@ class InlineExecutor:
     def reset(self) -> None:
         self._phases.reset()
 
-    def shutdown(self) -> None:
-        pass
+    def shutdown(self, wait: bool = True) -> None:
+        """Nothing to stop."""
+
+
+class _Worker:
+    """A thread that calls functions in order. It keeps no process alive, should it hang."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, daemon=True, name="flover-executor")
+        self._thread.start()
+
+    def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.put((future, function, args))
+        return future
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, args = call
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*args))
+                except BaseException as error:
+                    future.set_exception(error)
+            del call, future, function, args  # while it waits it holds nothing
+
+    def shutdown(self, wait: bool) -> None:
+        while not self._calls.empty():
+            if (call := self._calls.get()) is not None:
+                call[0].cancel()
+        self._calls.put(None)
+        if wait:
+            self._thread.join()
 
 
 class ThreadExecutor:
@@ -138,17 +182,25 @@ class ThreadExecutor:
     """
 
     def __init__(self, make_runner: Callable[[], Runner]) -> None:
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flover-executor")
+        self._worker = _Worker()
         self._runner = self._worker.submit(make_runner).result()
         self._phases = _Phases(self._runner)
 
     def submit(self, plan: BatchPlan) -> Future[StepResult]:
         """Queue a plan; the device works while the caller goes on. The future of a masked plan is `sample`'s."""
-        return self._worker.submit(self._run, self._phases.run, encode_plan(plan))
+        return self.launch(encode_plan(plan))
+
+    def launch(self, data: bytes) -> Future[StepResult]:
+        """The same for an encoded plan."""
+        return self._worker.submit(self._run, self._phases.run, data)
 
     def sample(self, masks: RowMasks) -> Future[StepResult]:
         """Draw the tokens of the masked plan that was submitted last."""
-        return self._worker.submit(self._run, self._phases.sample, encode_masks(masks))
+        return self.draw(encode_masks(masks))
+
+    def draw(self, data: bytes) -> Future[StepResult]:
+        """The same for encoded masks."""
+        return self._worker.submit(self._run, self._phases.sample, data)
 
     def _run(self, phase: Callable[[bytes], StepResult | Pending | None], data: bytes) -> StepResult:
         result = phase(data)
@@ -162,5 +214,6 @@ class ThreadExecutor:
         """After a failure, once every future has been seen: the runner forgets all rows and accepts plans again."""
         self._worker.submit(self._phases.reset).result()
 
-    def shutdown(self) -> None:
-        self._worker.shutdown(wait=True, cancel_futures=True)
+    def shutdown(self, wait: bool = True) -> None:
+        """Drop what is queued. wait: for the step that runs."""
+        self._worker.shutdown(wait)

@@ -21,6 +21,7 @@ from flover.engine.lane import RING, Lane, Staged
 from flover.engine.runner import Batch, Mask, ModelRunner
 from flover.layers.sampler import SamplerOutput
 from flover.models.base import CausalLM
+from flover.parallel import ALONE, Group
 from flover.startup import StartupTimes
 
 
@@ -44,11 +45,13 @@ class GpuRunner(ModelRunner):
         folder: Path,
         times: StartupTimes | None = None,
         model: CausalLM | None = None,
+        group: Group = ALONE,
     ) -> None:
-        super().__init__(config, folder, "triton", times, model)
+        super().__init__(config, folder, "triton", times, model, group)
         self.max_rows, blocks = self.tables.shape
         self.block_table = torch.zeros(self.max_rows, blocks, dtype=torch.int32, device=self.device)
-        sizes = config.scheduler.max_num_batched_tokens, config.model.vocab_size, getattr(torch, config.engine.dtype)
+        tokens, width = config.scheduler.max_num_batched_tokens, self.sampler.part.size
+        sizes = tokens, width, getattr(torch, config.engine.dtype)
         self._lane = Lane(self, *sizes)
         self._side = Lane(self, *sizes) if config.scheduler.prefill_mode == "overlap" else None
         # of its own pool: PyTorch has 32 streams a priority, so 32 runners in a process (bench.instances) share no lane
@@ -64,6 +67,8 @@ class GpuRunner(ModelRunner):
     @torch.inference_mode()
     def warm_up(self, seconds: float) -> None:
         """Compile kernels and capture graphs before they are needed; begins nothing new after `seconds`."""
+        if not self.group.capturable:
+            return
         for lane in (self._lane, self._side):
             if lane is not None:
                 with torch.cuda.stream(lane.stream):

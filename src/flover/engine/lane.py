@@ -43,7 +43,7 @@ class Lane:
         self.max_tokens = 2 * (max_batched_tokens + rows) + 64  # a captured shape is larger than the step
         self.staging = Staging(11 * self.max_tokens + rows * (blocks + 8), RING, rows, runner.device)
         self._tokens = torch.empty(2, self.max_tokens, dtype=torch.int64, device=runner.device)  # input ids, slots
-        self.graphs = StepGraphs(self, vocab_size, dtype, self.max_tokens, runner.device)
+        self.graphs = StepGraphs(self, vocab_size, dtype, self.max_tokens, runner.device, runner.group)
 
     # ---- what goes in ------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ class Lane:
         capture: use the graphs, if there is a shape that holds the step.
         """
         order, step, tiles = self._arrange(batch)
-        fitting = self.graphs.fit(step) if capture else None
+        fitting = self.graphs.fit(step) if capture and self._runner.group.capturable else None
         shape = fitting or step
         counts = batch.counts[order]
         ends = np.cumsum(counts)

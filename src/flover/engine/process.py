@@ -50,6 +50,8 @@ class EngineProcess:
                     return
                 self._take(message)
             self._report(core.step())
+            if core.dead is not None:  # every request has ended with the error; who starts an engine again, does
+                return
 
     def _report(self, output: StepOutput) -> None:
         kv = self._core.scheduler.kv

@@ -25,6 +25,8 @@ from flover.layers.linear import Linear
 from flover.layers.sampler import Sampler
 from flover.models.base import CausalLM
 from flover.models.loader import load_model
+from flover.parallel import ALONE, Group
+from flover.sharding import local_kv_heads
 from flover.startup import StartupTimes
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -58,6 +60,7 @@ class ModelRunner:
         backend: `kernels.dispatch`.
         times: gets the phases of the start.
         model: another runner's, to be shared: layers hold nothing of a request. None: loaded from the folder.
+        group: the ranks that run the same plans, each with its part of the model and the cache.
     """
 
     def __init__(
@@ -67,19 +70,21 @@ class ModelRunner:
         backend: str = "torch",
         times: StartupTimes | None = None,
         model: CausalLM | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.times = times or StartupTimes()
+        self.times, self.group = times or StartupTimes(), group
         self.device = torch.device(config.engine.device)
         self.kv_config = config.kv
         self.batch_invariant = config.engine.batch_invariant
         self.model = model or self._load(config, folder, backend)
         kv, rows = config.kv, config.scheduler.max_num_seqs
         sizes = config.model
-        shape = sizes.num_layers, kv.num_blocks, kv.block_size, sizes.num_kv_heads, sizes.head_dim
+        kv_heads = local_kv_heads(sizes, group.size)
+        shape = sizes.num_layers, kv.num_blocks, kv.block_size, kv_heads, sizes.head_dim
         elastic = kv.layout == "slab" and kv.reorder != "off"
         with self.times.phase("KV cache"):
             self.storage = KVStorage(*shape, getattr(torch, kv.dtype), self.device, backend, elastic)
-        self.sampler = Sampler(rows + 1, sizes.vocab_size, self.device, backend)  # the last is scratch
+        self.sampler = Sampler(rows + 1, sizes.vocab_size, self.device, backend, group)  # the last is scratch
         self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
         self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step
         self.reset()
@@ -96,6 +101,7 @@ class ModelRunner:
                 seed=config.engine.seed,
                 backend=backend,
                 quantization=config.engine.quantization,
+                group=self.group,
             )
             self.times.nbytes["weights"] = sum(parameter.nbytes for parameter in loaded.parameters())
         with self.times.phase("packing"):
@@ -256,11 +262,15 @@ class ModelRunner:
         parts = [(hidden[first[row] : first[row] + counts[row]].float(), mean) for row, _, mean in plan.pooled]
         return tuple((part.sum(0) if mean else part[-1]).cpu().numpy() for part, mean in parts)
 
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """All logits `[n, vocab_size]`, whatever part of them is this rank's."""
+        return self.sampler.whole(self.model.compute_logits(hidden))
+
     def _score(self, hidden: Tensor, best: int, ids: list[int]) -> Scores:
         """Log-probabilities of the prompt tokens `ids`, each predicted by one row of hidden, slice by slice."""
         targets = torch.tensor(ids, dtype=torch.int64, device=self.device)
         parts = [
-            top_logprobs(self.model.compute_logits(hidden[i : min(i + SCORE_ROWS, len(ids))]), part, best)
+            top_logprobs(self._logits(hidden[i : min(i + SCORE_ROWS, len(ids))]), part, best)
             for i, part in zip(range(0, len(ids), SCORE_ROWS), torch.split(targets, SCORE_ROWS))
         ]
         if not parts:

@@ -383,7 +383,7 @@ class Scheduler:
         tables.append((request, grant.start, grant.block_ids))
         prompt = request.num_prompt_tokens
         history = (request.token_ids[:prompt], request.token_ids[prompt:]) if request.sampling.needs_history else None
-        return RowJoin(request.row, prompt, known, cached, request.sampling, history)
+        return RowJoin(request.row, prompt, known, cached, request.sampling, history, request.arrival)
 
     def _advance(
         self,
@@ -516,6 +516,12 @@ class Scheduler:
         self.kv.reset_cache()
         self.kv.reorder({})
         self.table.remove(list(range(len(self.table))))
+
+    def fail_all(self, message: str) -> None:
+        """Nothing can run any more: end every request with an error; after `rewind`, while nobody is in the batch."""
+        for request in list(self.requests.values()):
+            request.error = message
+            self._finish(request, FinishReason.ERROR)
 
     # ---- small things ------------------------------------------------------------------------------------------------
 

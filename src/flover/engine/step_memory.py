@@ -19,6 +19,7 @@ from flover.engine.gpu_runner import GpuRunner
 from flover.engine.scheduler import Scheduler
 from flover.kv.paged import PagedLayout
 from flover.models.loader import weight_bytes
+from flover.parallel import Group
 from flover.request import Request, RowSampling
 from flover.resolve import resolve
 
@@ -46,7 +47,8 @@ def measure_step_bytes(config: ResolvedConfig, folder: Path, hardware: Hardware)
     )
     one = replace(config.model, num_layers=1)
     dtype: torch.dtype = getattr(torch, config.engine.dtype)
-    weights = weight_bytes(folder, one, dtype, config.engine.quantization)
+    group = Group(0, config.engine.tensor_parallel_size)
+    weights = weight_bytes(folder, one, dtype, config.engine.quantization, group)
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -67,7 +69,7 @@ def measure_step_bytes(config: ResolvedConfig, folder: Path, hardware: Hardware)
 
 def _run_heaviest(config: ResolvedConfig, folder: Path, prompt: int) -> None:
     """A budget of prompts, all sampled with filters and log-probabilities, one of them scored; then the graphs."""
-    runner = GpuRunner(config, folder)
+    runner = GpuRunner(config, folder, group=Group(0, config.engine.tensor_parallel_size))
     scheduler = Scheduler(config.scheduler, config.kv, PagedLayout(config.kv.num_blocks, BLOCK), time.monotonic)
     sampling = RowSampling(seed=0, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, logprobs=20)
     for i in range(config.scheduler.max_num_seqs):

@@ -157,18 +157,95 @@ ToEngine: TypeAlias = Start | NewRequest | Finish | ResetCache
 FromEngine: TypeAlias = Ready | Failed | Stepped
 
 
+# ---- between rank 0 and the other ranks of a group -------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, array_like=True, tag="hello"):
+    """A rank's first message. secret: of a rank that connects; it was told where by whom it joins."""
+
+    rank: int
+    version: str
+    secret: str = ""
+
+
+class Setup(msgspec.Struct, array_like=True, tag="setup"):
+    """What a rank is to be. store: where the ranks meet, `host port prefix`; none: where it has joined."""
+
+    size: int
+    resolved: ResolvedConfig
+    prefix: str
+    store: tuple[str, int] | None
+
+
+class Described(msgspec.Struct, array_like=True, tag="described"):
+    """What must be the same on all ranks, by name."""
+
+    facts: dict[str, str]
+
+
+class Go(msgspec.Struct, array_like=True, tag="go"):
+    """All ranks are alike: load."""
+
+
+class Loaded(msgspec.Struct, array_like=True, tag="loaded"):
+    """A rank's runner is ready."""
+
+
+class Plan(msgspec.Struct, array_like=True, tag="plan"):
+    """A step: its number, the digest of the rows after it, and a `BatchPlan` as `encode_plan` makes it."""
+
+    sequence: int
+    digest: int
+    data: bytes
+
+
+class Masks(msgspec.Struct, array_like=True, tag="masks"):
+    """What the rows of the last plan may draw: `RowMasks` as `encode_masks` makes them."""
+
+    data: bytes
+
+
+class WarmUp(msgspec.Struct, array_like=True, tag="warm"):
+    seconds: float
+
+
+class Stop(msgspec.Struct, array_like=True, tag="stop"):
+    """End."""
+
+
+class Alive(msgspec.Struct, array_like=True, tag="alive"):
+    """Said by a rank every half second."""
+
+
+class Trouble(msgspec.Struct, array_like=True, tag="trouble"):
+    """A rank cannot go on."""
+
+    message: str
+
+
+ToRank: TypeAlias = Setup | Go | Plan | Masks | WarmUp | Stop
+FromRank: TypeAlias = Hello | Described | Loaded | Alive | Trouble
+
+_encoder = msgspec.msgpack.Encoder()
+
+
 class Connection:
     """One end of a socket. `kinds`: a union of what the other side sends."""
 
     def __init__(self, end: socket.socket, kinds: Any) -> None:
         self.socket = end
-        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(kinds)
+        self._decoder = msgspec.msgpack.Decoder(kinds)
         self._buffer = bytearray()
+
+    @staticmethod
+    def frame(message: Any) -> bytes:
+        """A message as it travels."""
+        data = _encoder.encode(message)
+        return HEADER.pack(len(data)) + data
 
     def send(self, message: Any) -> None:
         """OSError if the other side is gone."""
-        data = self._encoder.encode(message)
-        self.socket.sendall(HEADER.pack(len(data)) + data)
+        self.socket.sendall(self.frame(message))
 
     def receive(self) -> Iterator[Any]:
         """Wait for bytes once; the messages that they complete.

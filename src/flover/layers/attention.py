@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from flover.kernels.reference.attention import gather_history
 from flover.layers.base import Layer
 from flover.layers.rotary import RotaryTables
+from flover.parallel import Group
+from flover.sharding import Part, split
 
 
 @dataclass(slots=True)
@@ -61,6 +64,12 @@ class Attention(Layer):
         self.layer, self.scale, self.window, self.softcap = layer, scale, window, softcap
         self.alibi_slopes: Tensor | None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+
+    def shard(self, group: Group) -> Mapping[str, Part]:
+        if self.alibi_slopes is not None:
+            begin, end = split(len(self.alibi_slopes), group.rank, group.size)
+            self.alibi_slopes = self.alibi_slopes[begin:end]
+        return super().shard(group)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, rotary: RotaryTables | None = None

@@ -1,6 +1,8 @@
-"""Linear layers."""
+"""Linear layers: whole, or divided among the ranks of a group by columns (outputs) or rows (inputs)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from flover.kernels.reference.quantised import Tokens, quantise_rows
 from flover.layers.activation import Activation
 from flover.layers.base import Layer
+from flover.parallel import Group
+from flover.sharding import Part, Range, kv_split, split
 
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SLICE = 1 << 22  # elements of a weight that are quantised at a time
@@ -28,7 +32,13 @@ class Linear(Layer):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.packed: Tensor | None = None
         self.quantization = "none"
+        self.in_features = in_features  # of the whole
         self.register_parameter("scale", None)  # [out_features] fp32, of a quantised weight
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """What this rank adds."""
+        return self.bias
 
     @torch.no_grad()
     def quantise(self, weight: Tensor) -> None:
@@ -36,11 +46,16 @@ class Linear(Layer):
         dtype = QUANTISED[self.quantization.removesuffix("_w8a8")]
         values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         scale = torch.empty(len(weight), device=weight.device)
-        step = max(1, SLICE // weight.shape[1])
+        step = max(1, SLICE // self.in_features)
         for i in range(0, len(weight), step):
-            values[i : i + step], scale[i : i + step] = quantise_rows(weight[i : i + step], dtype)
+            rows = weight[i : i + step]
+            values[i : i + step], scale[i : i + step] = quantise_rows(rows, dtype, self.largest(rows))
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def largest(self, rows: Tensor) -> Tensor:
+        """The largest magnitude in each row of the weight, `[n]`."""
+        return rows.abs().amax(-1)
 
     def pack(self) -> None:
         """Keep the weight only in the order in which oneDNN reads it; for serving fp32 on a CPU, else nothing happens.
@@ -61,13 +76,13 @@ class Linear(Layer):
 
     def forward(self, x: Tensor | Tokens) -> Tensor:
         if self.packed is not None:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.own_bias, "none", [], "")
             return product
         out: Tensor
         if self.scale is not None:
-            out = self.ops.quantised_linear(x, self.weight, self.scale, self.bias, **self._modes())
+            out = self.ops.quantised_linear(x, self.weight, self.scale, self.own_bias, **self._modes())
         else:
-            out = self.ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+            out = self.ops.linear(x, self.weight, self.own_bias, batch_invariant=self.batch_invariant)
         return out
 
     def gated(self, x: Tensor | Tokens, act: Activation, into: Linear) -> Tensor | Tokens:
@@ -88,3 +103,62 @@ class Linear(Layer):
 
     def _modes(self) -> dict[str, bool]:
         return {"quantise_x": self.token_dtype is not None, "batch_invariant": self.batch_invariant}
+
+
+class ColumnLinear(Linear):
+    """Divided by outputs: a rank computes its share of each of `sizes`, side by side."""
+
+    def __init__(self, in_features: int, sizes: Sequence[int], bias: bool = False) -> None:
+        super().__init__(in_features, sum(sizes), bias)
+        self.sizes = tuple(sizes)  # of this rank
+
+    def ranges(self, group: Group) -> list[Range]:
+        """A rank's share of each size."""
+        return [split(size, group.rank, group.size) for size in self.sizes]
+
+    def shard(self, group: Group) -> Mapping[str, Part]:
+        super().shard(group)
+        ranges, start = self.ranges(group), 0
+        whole = []
+        for size, (begin, end) in zip(self.sizes, ranges):
+            whole.append((start + begin, start + end))
+            start += size
+        self.sizes = tuple(end - begin for begin, end in ranges)
+        return {name: Part(0, tuple(whole)) for name in ("weight", "bias")}
+
+
+class QKVLinear(ColumnLinear):
+    """The projection to queries, keys and values, divided by heads; a KV head goes to every rank that reads it."""
+
+    def __init__(self, in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False) -> None:
+        super().__init__(in_features, [n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)], bias)
+        self.head_dim = head_dim
+
+    def ranges(self, group: Group) -> list[Range]:
+        heads, kv_heads, _ = (size // self.head_dim for size in self.sizes)
+        own, shared = split(heads, group.rank, group.size), kv_split(kv_heads, group.rank, group.size)
+        return [(begin * self.head_dim, end * self.head_dim) for begin, end in (own, shared, shared)]
+
+    def forward(self, x: Tensor | Tokens) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """q, k and v, each `[num_tokens, heads of this rank, head_dim]`."""
+        together = super().forward(x)
+        q, k, v = (t.view(len(t), -1, self.head_dim) for t in torch.split(together, list(self.sizes), -1))
+        return q, k, v
+
+
+class RowLinear(Linear):
+    """Divided by inputs: a rank multiplies what it has, and the products are added. One of them has the bias."""
+
+    def shard(self, group: Group) -> Mapping[str, Part]:
+        super().shard(group)
+        return {"weight": Part(1, (split(self.in_features, group.rank, group.size),))}
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        return self.bias if self.group.rank == 0 else None
+
+    def largest(self, rows: Tensor) -> Tensor:
+        return self.group.largest(super().largest(rows))
+
+    def forward(self, x: Tensor | Tokens) -> Tensor:
+        return self.group.all_reduce(super().forward(x))

@@ -21,7 +21,9 @@ from torch import Tensor
 from flover.kernels.dispatch import load_backend
 from flover.kernels.reference import sampling as ops
 from flover.layers.sampler_state import Field, Join, Needs, RowTables, send
+from flover.parallel import ALONE, Group
 from flover.request import RowSampling
+from flover.sharding import vocab_part
 
 
 class SamplerOutput(NamedTuple):
@@ -87,10 +89,15 @@ class Sampler:
     """Sampling of rows [0, max_rows). Within a step the order is leave, relocate, join, sample.
 
     backend: whose `draw` picks the tokens (`kernels.dispatch`).
+    group: the ranks among which the logits are divided. Each takes the best of its ids, and only these are compared;
+        where filters, penalties or log-probabilities need all logits, they are gathered, and what rank 0 draws counts.
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device, backend: str = "torch") -> None:
+    def __init__(
+        self, max_rows: int, vocab_size: int, device: torch.device, backend: str = "torch", group: Group = ALONE
+    ) -> None:
         self.max_rows, self.vocab_size, self.device = max_rows, vocab_size, device
+        self.group, self.part = group, vocab_part(vocab_size, group.rank, group.size)
         self._draw = load_backend(backend).draw
         neutral = torch.zeros(len(Field), max_rows, dtype=torch.int64)  # greedy: padding rows may be sampled
         neutral.view(torch.float64)[[Field.TEMPERATURE, Field.TOP_P, Field.REPETITION]] = 1.0
@@ -187,17 +194,24 @@ class Sampler:
         """Draw the next token of distinct, joined rows, and update their state.
 
         Args:
-            logits: [n, vocab], any float dtype; not written to. fp64 stays fp64, the rest is upcast to fp32.
+            logits: [n, vocab], any float dtype; not written to. fp64 stays fp64, the rest is upcast to fp32. Of a
+                group, this rank's part of them.
             rows: [n] int64, on the device.
 
         Returns:
             The tokens. Logprobs are of the raw logits, k the most that any joined row wants; those of a row
             that is not finite mean nothing.
         """
-        assert logits.shape == (rows.shape[0], self.vocab_size)
+        assert logits.shape == (rows.shape[0], self.part.size)
         needs = self.needs
         state = self._state.index_select(1, rows)  # [fields, n]
         params = state.view(torch.float64)
+        if self.group.size > 1:
+            if needs.best_decides:
+                token_ids, finite = self._best_of_parts(logits, state, needs)
+                self._record(rows, state, token_ids, needs)
+                return SamplerOutput(token_ids, finite, None)
+            logits = self.whole(logits)
         scores = self._process(logits, rows, state, needs)
         token_ids, finite = self._draw(
             scores,
@@ -212,12 +226,40 @@ class Sampler:
             max_top_k=needs.max_top_k,
             open_top_p=needs.open_top_p,
         )
+        if self.group.size > 1:
+            drawn = self.group.broadcast(torch.where(finite, token_ids, -1))
+            finite = drawn >= 0
+            token_ids = drawn * finite
         logprobs = None
         if needs.num_logprobs >= 0:
             raw = logits if logits.dtype == torch.float64 else logits.float()
             logprobs = ops.top_logprobs(raw, token_ids, needs.num_logprobs)
         self._record(rows, state, token_ids, needs)
         return SamplerOutput(token_ids, finite, logprobs, scores.amax(-1) == -math.inf if needs.masking else None)
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """All logits `[n, vocab]` of this rank's part of them."""
+        if self.group.size == 1:
+            return logits
+        return self.group.gather(logits).transpose(0, 1).flatten(1)[:, : self.vocab_size].contiguous()
+
+    def _best_of_parts(self, logits: Tensor, state: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+        """Tokens [n] and whether they are finite: the best of each rank's best, the lowest rank's on a tie."""
+        params = state.view(torch.float64)
+        begin, end = self.part.ranges[0]
+        best, ids = ops.draw_part(
+            logits[:, : end - begin],
+            begin,
+            temperature=params[Field.TEMPERATURE],
+            random=params[Field.RANDOM] if needs.random else None,
+            seeds=state[Field.SEED],
+            choices=state[Field.CHOICE],
+            positions=state[Field.NUM_OUTPUTS],
+        )
+        pairs = self.group.gather(torch.stack((best.double(), ids.double())))  # [ranks, 2, n]
+        best, rank = pairs[:, 0].max(0)
+        finite = best.isfinite()
+        return pairs[:, 1].gather(0, rank[None])[0].long() * finite, finite
 
     @property
     def graph_key(self) -> tuple[bool, ...] | None:

@@ -54,6 +54,11 @@ class Needs(NamedTuple):
     num_logprobs: int = -1
     masks: bool = False
 
+    @property
+    def best_decides(self) -> bool:
+        """Whether a token is the best of scores that each depend on one logit: no filter, no table, no logprobs."""
+        return self._replace(random=False) == Needs()
+
     @classmethod
     def of(cls, s: RowSampling, vocab_size: int) -> Needs:
         random = s.temperature >= 1e-5  # less is too small to divide by

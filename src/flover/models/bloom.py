@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext, alibi_slopes
-from flover.layers.embedding import Embedding, LMHead
-from flover.layers.linear import Linear
+from flover.layers.embedding import LMHead, VocabEmbedding
+from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.models.base import Source, per_head
 from flover.models.gpt2 import GPT2MLP
@@ -19,13 +19,12 @@ from flover.models.gpt2 import GPT2MLP
 class BloomAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim, bias=True)
+        self.out_proj = RowLinear(config.hidden_size, config.hidden_size, bias=True)
         self.attn = Attention(layer, config.head_dim**-0.5, alibi_slopes=alibi_slopes(config.num_heads))
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        q, k, v = self.qkv_proj(x)
         out: Tensor = self.out_proj(self.attn(q, k, v, ctx))
         return out
 
@@ -74,7 +73,7 @@ class BloomForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         eps = float(config.hf.get("layer_norm_epsilon", 1e-5))
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.embed = VocabEmbedding(config.vocab_size, config.hidden_size)
         self.embed_norm = LayerNorm(config.hidden_size, eps)
         self.layers = nn.ModuleList(BloomBlock(config, i) for i in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, eps)

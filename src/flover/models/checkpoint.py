@@ -33,7 +33,7 @@ IN_FLIGHT = 1 << 30  # bytes of parameters being read, at most; a larger one is 
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor, or a part of one, lies. `stride`: elements from one row to the next; 0: there are no gaps."""
 
     name: str
     path: Path
@@ -41,10 +41,21 @@ class Stored(NamedTuple):
     offset: int  # of its first byte
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stride: int = 0
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def take(self, dim: int, begin: int, end: int) -> Stored:
+        """The part `[begin, end)` of dimension 0, or of dimension 1 of a whole matrix."""
+        shape = (*self.shape[:dim], end - begin, *self.shape[dim + 1 :])
+        if dim == 0:
+            first = begin * torch.Size(self.shape[1:]).numel()
+            return self._replace(shape=shape, offset=self.offset + first * self.dtype.itemsize)
+        width = self.shape[1]
+        stride = 0 if end - begin == width else width
+        return self._replace(shape=shape, offset=self.offset + begin * self.dtype.itemsize, stride=stride)
 
 
 class Checkpoint:
@@ -280,10 +291,22 @@ def _read(stored: Stored, at: int, target: Tensor) -> None:
         ValueError: the file ends early or cannot be read.
     """
     data: Any = target.view(torch.uint8).numpy()
-    view, done = memoryview(data), 0
+    view, size = memoryview(data), stored.dtype.itemsize
+    if not stored.stride:
+        return _read_bytes(stored, stored.offset + at * size, view)
+    width, done = stored.shape[1] * size, 0
+    while done < len(view):
+        row, start = divmod(at * size + done, width)
+        count = min(width - start, len(view) - done)
+        _read_bytes(stored, stored.offset + row * stored.stride * size + start, view[done : done + count])
+        done += count
+
+
+def _read_bytes(stored: Stored, offset: int, view: memoryview) -> None:
+    done = 0
     while done < len(view):
         try:
-            count = os.preadv(stored.file, [view[done:]], stored.offset + at * stored.dtype.itemsize + done)
+            count = os.preadv(stored.file, [view[done:]], offset + done)
         except OSError as error:
             raise ValueError(f"{stored.path} cannot be read: {error.strerror}") from None
         if not count:

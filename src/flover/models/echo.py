@@ -4,7 +4,7 @@ It writes every token id and its position into K and V of each layer through `st
 back through the layout's own addressing, and its next token is an integer hash of all of it. Its tokens are equal in
 every trace, layout, reorder mode, depth, chunking and policy, or an address is wrong. K and V hold different functions
 of the token, so a cache that aliases them is seen too. An fp8 cache holds integers to 16 only: there each number is
-written in digits of base 16.
+written in digits of base 16. A rank writes its KV heads, and the ranks add up what they read before they hash it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flover.config import ModelConfig
 from flover.kernels.reference.kv_cache import FP8, store_kv
 from flover.layers.attention import ForwardContext
+from flover.layers.base import Layer
 from flover.models.base import Source
+from flover.parallel import Group
+from flover.sharding import Part, kv_split, vocab_part
 
 _MODULUS = 2_147_483_647  # products of two residues stay inside int64
 
 
-class EchoModel(nn.Module):
+class EchoModel(Layer):
     """head_dim >= 2. Logits are one-hot at the hash of the row's history."""
 
     WEIGHTS: Mapping[str, str | Source] = {}
@@ -34,8 +37,16 @@ class EchoModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
-        self.kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        self.whole_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        self.kv_heads, self.replicas = config.num_kv_heads, 1
+        self.ids = vocab_part(config.vocab_size, 0, 1)
         self.largest = max(config.vocab_size, config.max_position_embeddings) + config.num_layers
+
+    def shard(self, group: Group) -> Mapping[str, Part]:
+        first, end = kv_split(self.whole_kv_heads, group.rank, group.size)
+        self.kv_heads, self.replicas = end - first, max(group.size // self.whole_kv_heads, 1)
+        self.ids = vocab_part(self.vocab_size, group.rank, group.size)
+        return super().shard(group)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """-> `[num_tokens, 1]` int64: the hash of each token's history up to itself."""
@@ -48,7 +59,9 @@ class EchoModel(nn.Module):
         for row in range(len(ctx.meta.seq_lens)):
             begin, end = ctx.meta.query_start[row], ctx.meta.query_start[row + 1]
             parts = [part for layer in range(self.num_layers) for part in ctx.history(layer, row, torch.float64)]
-            hashes[begin:end] = self._hash(torch.cat(parts, -1))[begin - end :]
+            # summed over the heads, so that one that differs shows
+            history = self.group.all_reduce(torch.cat(parts, -1).sum(1)) / self.replicas
+            hashes[begin:end] = self._hash(history)[begin - end :]
         return hashes[:, None]
 
     def _encode(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,14 +78,13 @@ class EchoModel(nn.Module):
 
     @staticmethod
     def _hash(history: Tensor) -> Tensor:
-        """Running hash `[seq_len]` of `[seq_len, kv_heads, num_fields]`; a NaN changes every later value."""
-        # summed over the heads, so that one that differs shows
-        fields = torch.nan_to_num(history.sum(1), nan=-12345.0).long()
+        """Running hash `[seq_len]` of `[seq_len, num_fields]`; a NaN changes every later value."""
+        fields = torch.nan_to_num(history, nan=-12345.0).long()
         place = torch.arange(1, len(fields) + 1, device=fields.device)
         weights = torch.arange(1, fields.shape[1] + 1, device=fields.device) * 7_919 + 1_000_003
         mixed = (fields * weights).sum(-1) * (place * 2_654_435 % 1_000_033) % _MODULUS
         return torch.cumsum(mixed, 0) % _MODULUS
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        logits = torch.zeros(len(hidden), self.vocab_size, device=hidden.device)
-        return logits.scatter_(1, hidden % self.vocab_size, 1.0)
+        ids = torch.arange(self.ids.size, device=hidden.device) + self.ids.ranges[0][0]
+        return (hidden % self.vocab_size == ids).float()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext
-from flover.layers.embedding import Embedding
+from flover.layers.embedding import VocabEmbedding
 from flover.layers.norm import RMSNorm
 from flover.layers.rotary import RotaryTables
 from flover.models.base import Source
@@ -21,7 +21,7 @@ def gemma_norm(config: ModelConfig, dim: int | None = None) -> RMSNorm:
     return RMSNorm(dim or config.hidden_size, float(config.hf.get("rms_norm_eps", 1e-6)), unit_offset=True)
 
 
-class ScaledEmbedding(Embedding):
+class ScaledEmbedding(VocabEmbedding):
     """Embeddings times sqrt(dim), the factor rounded to the model's dtype as in the reference."""
 
     def forward(self, ids: Tensor) -> Tensor:

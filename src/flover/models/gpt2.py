@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from flover.config import ModelConfig
 from flover.layers.activation import Activation
 from flover.layers.attention import Attention, ForwardContext
-from flover.layers.embedding import Embedding, LMHead
-from flover.layers.linear import Linear
+from flover.layers.embedding import Embedding, LMHead, VocabEmbedding
+from flover.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.models.base import Source, transposed
 
@@ -19,16 +19,15 @@ from flover.models.base import Source, transposed
 class GPT2Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim, bias=True)
+        self.out_proj = RowLinear(config.hidden_size, config.hidden_size, bias=True)
         scale = config.head_dim**-0.5 if config.hf.get("scale_attn_weights", True) else 1.0
         if config.hf.get("scale_attn_by_inverse_layer_idx", False):
             scale /= layer + 1
         self.attn = Attention(layer, scale)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        q, k, v = self.qkv_proj(x)
         out: Tensor = self.out_proj(self.attn(q, k, v, ctx))
         return out
 
@@ -38,8 +37,8 @@ class GPT2MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, size: int, activation: str) -> None:
         super().__init__()
-        self.up_proj = Linear(config.hidden_size, size, bias=True)
-        self.down_proj = Linear(size, config.hidden_size, bias=True)
+        self.up_proj = ColumnLinear(config.hidden_size, [size], bias=True)
+        self.down_proj = RowLinear(size, config.hidden_size, bias=True)
         self.act = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class GPT2LMHeadModel(nn.Module):
         super().__init__()
         if config.hf.get("add_cross_attention"):
             raise ValueError("add_cross_attention is not supported: there is no encoder to attend to")
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.embed = VocabEmbedding(config.vocab_size, config.hidden_size)
         self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(GPT2Block(config, i) for i in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_epsilon", 1e-5)))

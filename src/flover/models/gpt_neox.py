@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext
-from flover.layers.embedding import Embedding, LMHead
-from flover.layers.linear import Linear
+from flover.layers.embedding import LMHead, VocabEmbedding
+from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
 from flover.models.base import Source, per_head
@@ -20,14 +20,13 @@ from flover.models.gpt2 import GPT2MLP
 class GPTNeoXAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         bias = bool(config.hf.get("attention_bias", True))
-        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size, bias)
+        self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim, bias)
+        self.out_proj = RowLinear(config.hidden_size, config.hidden_size, bias)
         self.attn = Attention(layer, config.head_dim**-0.5)
 
     def forward(self, x: Tensor, rotary: RotaryTables, ctx: ForwardContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        q, k, v = self.qkv_proj(x)
         out: Tensor = self.out_proj(self.attn(q, k, v, ctx, rotary))
         return out
 
@@ -81,7 +80,7 @@ class GPTNeoXForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.embed = VocabEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GPTNeoXBlock(config, i) for i in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_eps", 1e-5)))
         self.lm_head = LMHead(config.hidden_size, config.vocab_size)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext
-from flover.layers.embedding import Embedding, LMHead
-from flover.layers.linear import Linear
+from flover.layers.embedding import LMHead, VocabEmbedding
+from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables
 from flover.models.base import Source, join
@@ -20,13 +20,12 @@ from flover.models.gpt2 import GPT2MLP
 class GPTJAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim)
+        self.out_proj = RowLinear(config.hidden_size, config.hidden_size)
         self.attn = Attention(layer, config.head_dim**-0.5)
 
     def forward(self, x: Tensor, rotary: RotaryTables, ctx: ForwardContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        q, k, v = self.qkv_proj(x)
         out: Tensor = self.out_proj(self.attn(q, k, v, ctx, rotary))
         return out
 
@@ -71,7 +70,7 @@ class GPTJForCausalLM(nn.Module):
         rotary_dim = config.positive("rotary_dim", 64)
         if rotary_dim > config.head_dim:
             raise ValueError(f"rotary_dim {rotary_dim} is larger than the head dimension {config.head_dim}")
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.embed = VocabEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GPTJBlock(config, i) for i in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_epsilon", 1e-5)))
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from flover.config import ModelConfig
 from flover.layers.activation import Activation
 from flover.layers.attention import Attention, ForwardContext
-from flover.layers.embedding import Embedding, LMHead
-from flover.layers.linear import Linear
+from flover.layers.embedding import LMHead, VocabEmbedding
+from flover.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from flover.layers.norm import RMSNorm
 from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
 from flover.models.base import Source, join
@@ -24,17 +24,16 @@ class LlamaAttention(nn.Module):
         self, config: ModelConfig, layer: int, qkv_bias: bool | None = None, out_bias: bool | None = None
     ) -> None:
         super().__init__()
-        self.sizes = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-        self.head_dim = config.head_dim
+        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
         bias = bool(config.hf.get("attention_bias", False))
-        self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias if qkv_bias is None else qkv_bias)
-        self.o_proj = Linear(self.sizes[0], config.hidden_size, bias if out_bias is None else out_bias)
+        self.qkv_proj = QKVLinear(config.hidden_size, heads, kv_heads, size, bias if qkv_bias is None else qkv_bias)
+        self.o_proj = RowLinear(heads * size, config.hidden_size, bias if out_bias is None else out_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         self.attn = Attention(layer, config.head_dim**-0.5, config.sliding_window(layer))
 
     def forward(self, x: Tensor, rotary: RotaryTables, ctx: ForwardContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).split(self.sizes, -1))
+        q, k, v = self.qkv_proj(x)
         out: Tensor = self.o_proj(self.attn(self.q_norm(q), self.k_norm(k), v, ctx, rotary))
         return out
 
@@ -43,8 +42,8 @@ class LlamaMLP(nn.Module):
     def __init__(self, config: ModelConfig, activation: str, bias: bool = False) -> None:
         super().__init__()
         size = config.positive("intermediate_size")
-        self.gate_up_proj = Linear(config.hidden_size, 2 * size, bias)
-        self.down_proj = Linear(size, config.hidden_size, bias)
+        self.gate_up_proj = ColumnLinear(config.hidden_size, [size, size], bias)
+        self.down_proj = RowLinear(size, config.hidden_size, bias)
         self.act = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class LlamaForCausalLM(nn.Module):
         "norm.weight": "model.norm.weight",
         "lm_head.weight": "lm_head.weight",
     }
-    embedding: type[Embedding] = Embedding
+    embedding: type[VocabEmbedding] = VocabEmbedding
     block: type[nn.Module] = LlamaBlock
 
     def __init__(self, config: ModelConfig) -> None:

@@ -24,6 +24,8 @@ from flover.layers.norm import LayerNorm, RMSNorm
 from flover.models.base import CausalLM, Source, concatenate
 from flover.models.checkpoint import Checkpoint, Stored, read_groups
 from flover.models.registry import model_class
+from flover.parallel import ALONE, Group
+from flover.sharding import Part
 
 BUILTIN = ("kjv-gpt2", "kjv-llama")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "merges.txt", "vocab.txt", "*.jinja")
@@ -75,6 +77,7 @@ def load_model(
     seed: int = 0,
     backend: str = "torch",
     quantization: str = "none",
+    group: Group = ALONE,
 ) -> nn.Module:
     """The family's module on `device` in `dtype`, in eval mode, nothing requiring a gradient.
 
@@ -84,6 +87,7 @@ def load_model(
         load_format: "auto" reads the checkpoint, "dummy" draws weights from `seed` (for benchmarks).
         backend: whose functions the layers call (`kernels.dispatch`).
         quantization: of the blocks' linear layers, as in `EngineConfig`; each is quantised as it arrives.
+        group: the ranks that compute it; only this one's part is read.
 
     Raises:
         ValueError: an unknown architecture or setting; a checkpoint that does not match the model exactly.
@@ -91,7 +95,7 @@ def load_model(
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
     family, module = model_class(config.architecture), _skeleton(config, folder, quantization)
-    parameters = _parameters(module)
+    parameters = _shard(module, group)
     if load_format == "dummy":
         _fill_dummy(parameters, dtype, device, seed)
     else:
@@ -105,13 +109,16 @@ def load_model(
     return module.to(device).eval()  # moves the buffers: rope frequencies, ALiBi slopes
 
 
-def weight_bytes(folder: Path | str, config: ModelConfig, dtype: torch.dtype, quantization: str = "none") -> int:
-    """Bytes that the weights take once loaded; tied ones count once. All layers are alike, so two are looked at."""
-    one, two = (
-        sum(p.num_bytes(dtype) for p in _parameters(_skeleton(replace(config, num_layers=n), folder, quantization)))
-        for n in (1, 2)
-    )
-    return one + (config.num_layers - 1) * (two - one)
+def weight_bytes(
+    folder: Path | str, config: ModelConfig, dtype: torch.dtype, quantization: str = "none", group: Group = ALONE
+) -> int:
+    """Bytes that a rank's weights take once loaded; tied ones count once. Layers are alike, so two are looked at."""
+
+    def of(num_layers: int) -> int:
+        module = _skeleton(replace(config, num_layers=num_layers), folder, quantization)
+        return sum(parameter.num_bytes(dtype) for parameter in _shard(module, group))
+
+    return of(1) + (config.num_layers - 1) * (of(2) - of(1))
 
 
 def _skeleton(config: ModelConfig, folder: Path | str, quantization: str) -> nn.Module:
@@ -129,11 +136,39 @@ def _skeleton(config: ModelConfig, folder: Path | str, quantization: str) -> nn.
 
 
 class _Parameter:
-    """A parameter and all the places that hold it (tied weights have two); `name` is the first."""
+    """A parameter and all the places that hold it (tied weights have two); `name` is the first.
+
+    part: what this rank holds of the whole, None: all of it.
+    """
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
-        self.name, self.shape = name, parameter.shape
+        self.name, self.whole = name, parameter.shape
         self.places: list[tuple[nn.Module, str]] = []
+        self.part: Part | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of what this rank holds."""
+        if self.part is None:
+            return self.whole
+        dim = self.part.dim
+        return torch.Size((*self.whole[:dim], self.part.size, *self.whole[dim + 1 :]))
+
+    def narrowed(self, whole: Tensor) -> Tensor:
+        """This rank's part of the whole."""
+        if self.part is None:
+            return whole
+        return self.padded(
+            torch.cat([whole.narrow(self.part.dim, a, b - a) for a, b in self.part.ranges], self.part.dim)
+        )
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """What was read, in this rank's shape: zeros for what no checkpoint has."""
+        if self.part is None or not self.part.padding:
+            return tensor.view(self.shape)
+        out = tensor.new_zeros(self.shape)
+        out.view(-1)[: tensor.numel()] = tensor.flatten()  # only the vocabulary is padded, by rows
+        return out
 
     def set(self, tensor: Tensor) -> None:
         if layer := self._quantised():
@@ -144,7 +179,8 @@ class _Parameter:
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes once loaded: a quantised weight has a byte per element, and a scale per row."""
-        return self.shape.numel() + 4 * self.shape[0] if self._quantised() else self.shape.numel() * dtype.itemsize
+        shape = self.shape
+        return shape.numel() + 4 * shape[0] if self._quantised() else shape.numel() * dtype.itemsize
 
     def _quantised(self) -> Linear | None:
         owner, attribute = self.places[0]
@@ -161,6 +197,19 @@ def _parameters(module: nn.Module) -> list[_Parameter]:
     return list(found.values())
 
 
+def _shard(module: nn.Module, group: Group) -> list[_Parameter]:
+    """Give every layer its part; -> the parameters of this rank."""
+    parameters = _parameters(module)
+    if group.size > 1:
+        parts: dict[tuple[nn.Module, str], Part] = {}
+        for layer in module.modules():
+            if isinstance(layer, Layer):
+                parts.update({(layer, name): part for name, part in layer.shard(group).items()})
+        for parameter in parameters:
+            parameter.part = parts.get(parameter.places[0])
+    return parameters
+
+
 def _layered(weights: Mapping[str, str | Source], num_layers: int) -> Iterator[tuple[str, Source]]:
     """The table with `{i}` written out."""
     for name, source in weights.items():
@@ -170,7 +219,7 @@ def _layered(weights: Mapping[str, str | Source], num_layers: int) -> Iterator[t
             continue
         for i in range(num_layers):
             names = tuple(n.replace("{i}", str(i)) for n in source.names)
-            yield name.replace("{i}", str(i)), Source(names, source.op)
+            yield name.replace("{i}", str(i)), replace(source, names=names)
 
 
 class _Wanted(NamedTuple):
@@ -204,11 +253,13 @@ def _match(
                 raise ValueError(f"{checkpoint.folder} lacks {name}")
         used.update(source.names)
         parts = [checkpoint.stored(stored[name]) for name in source.names]
-        if _shape(source, parts, config) != parameter.shape:
+        if _shape(source, parts, config) != parameter.whole:
             shapes = " + ".join(str(list(part.shape)) for part in parts)
             raise ValueError(
-                f"{' + '.join(source.names)} has shape {shapes}, but {parameter.name} needs {list(parameter.shape)}"
+                f"{' + '.join(source.names)} has shape {shapes}, but {parameter.name} needs {list(parameter.whole)}"
             )
+        if parameter.part is not None:
+            parts = source.parts(parameter.part, parts)
         wanted.append(_Wanted(parameter, source, parts))
     for spelling, name in stored.items():
         if spelling not in used and not any(re.fullmatch(pattern, spelling) for pattern in family.IGNORED):
@@ -240,8 +291,9 @@ def _fill(wanted: list[_Wanted], config: ModelConfig, dtype: torch.dtype, device
             group = next(groups)
             tensor = group.whole
             if tensor is None:
-                tensor = torch.empty(parameter.shape, dtype=dtype, device=device).copy_(source.op(group.parts, config))
-            parameter.set(tensor.view(parameter.shape))
+                made = source.op(group.parts, config)
+                tensor = torch.empty(made.shape, dtype=dtype, device=device).copy_(made)
+            parameter.set(parameter.padded(tensor))
             del group, tensor  # what it was made of goes before more is read
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -252,7 +304,8 @@ def _fill_dummy(parameters: list[_Parameter], dtype: torch.dtype, device: torch.
     """Normal 0.02, around 1 for the norms, so that activations keep their scale."""
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in parameters:
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        whole = torch.empty(parameter.whole, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        tensor = parameter.narrowed(whole)  # the same weights at any number of ranks
         owner, attribute = parameter.places[0]
         if isinstance(owner, (LayerNorm, RMSNorm)) and attribute == "weight":
             tensor += 0.0 if isinstance(owner, RMSNorm) and owner.unit_offset else 1.0

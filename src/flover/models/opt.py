@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from flover.config import ModelConfig
 from flover.layers.activation import Activation
 from flover.layers.attention import Attention, ForwardContext
-from flover.layers.embedding import Embedding, LMHead
-from flover.layers.linear import Linear
+from flover.layers.embedding import Embedding, LMHead, VocabEmbedding
+from flover.layers.linear import ColumnLinear, Linear, QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.models.base import Source, join
 
@@ -27,19 +27,18 @@ class OPTBlock(nn.Module):
         super().__init__()
         hidden, size = config.hidden_size, config.positive("ffn_dim")
         bias = bool(config.hf.get("enable_bias", True))
-        self.head_dim = config.head_dim
         self.norm_first = bool(config.hf.get("do_layer_norm_before", True))
         self.attn_norm = opt_norm(config)
-        self.qkv_proj = Linear(hidden, 3 * hidden, bias)
-        self.out_proj = Linear(hidden, hidden, bias)
+        self.qkv_proj = QKVLinear(hidden, config.num_heads, config.num_heads, config.head_dim, bias)
+        self.out_proj = RowLinear(hidden, hidden, bias)
         self.attn = Attention(layer, config.head_dim**-0.5)
         self.mlp_norm = opt_norm(config)
-        self.up_proj = Linear(hidden, size, bias)
+        self.up_proj = ColumnLinear(hidden, [size], bias)
         self.act = Activation(str(config.hf.get("activation_function", "relu")))
-        self.down_proj = Linear(size, hidden, bias)
+        self.down_proj = RowLinear(size, hidden, bias)
 
     def attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).chunk(3, -1))
+        q, k, v = self.qkv_proj(x)
         out: Tensor = self.out_proj(self.attn(q, k, v, ctx))
         return out
 
@@ -85,7 +84,7 @@ class OPTForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, dim = config.hidden_size, config.positive("word_embed_proj_dim", config.hidden_size)
-        self.embed = Embedding(config.vocab_size, dim)
+        self.embed = VocabEmbedding(config.vocab_size, dim)
         self.embed_positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, hidden)
         self.project_in: nn.Module = Linear(dim, hidden) if dim != hidden else nn.Identity()
         self.layers = nn.ModuleList(OPTBlock(config, i) for i in range(config.num_layers))

@@ -20,14 +20,15 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST = 1e-30  # a row of zeros has some scale
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x `[n, k]` as int8 or float8_e4m3fn, and the scale of each row `[n]` (fp32; fp64 of fp64), x = q * scale.
 
     Symmetric: the largest magnitude of a row becomes 127 or 448. Rounds to nearest, ties to even. A row with a NaN or
-    an infinity has a scale that is not finite, so that its product is not either.
+    an infinity has a scale that is not finite, so that its product is not either. largest: the magnitude of each row
+    `[n]`, where x is only a part of it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = wide.abs().amax(-1).clamp_min(SMALLEST)
+    largest = (wide.abs().amax(-1) if largest is None else largest.to(wide.dtype)).clamp_min(SMALLEST)
     scale = largest / torch.full_like(largest, LARGEST[dtype])  # by a scalar, a GPU would multiply with its inverse
     units = (wide / scale[:, None]).clamp(-LARGEST[dtype], LARGEST[dtype])
     return (units.round() if dtype == torch.int8 else units).to(dtype), scale

@@ -59,17 +59,20 @@ def gumbel_from_bits(m: Tensor) -> Tensor:
     return m.add_(0.5).mul_(2.0**-24).log_().neg_().log_().neg_().float()
 
 
-def gumbel(vocab_size: int, seeds: Tensor, choices: Tensor, positions: Tensor, purpose: int = 0) -> Tensor:
+def gumbel(
+    vocab_size: int, seeds: Tensor, choices: Tensor, positions: Tensor, purpose: int = 0, first: int = 0
+) -> Tensor:
     """Gumbel noise [rows, vocab_size], fp32: a function of seed, choice, position, purpose and vocabulary id.
 
     Args:
+        first: vocabulary id of the first column, a multiple of 4.
         seeds: [rows] int64, the bits of an unsigned 64-bit seed.
         choices: [rows] int64, index of the choice among the n of one prompt.
         positions: [rows] int64, index of the output token that is drawn.
         purpose: what the noise is for; streams of different purposes are independent.
     """
     groups = (vocab_size + 3) // 4
-    group = torch.arange(groups, device=seeds.device)[None]  # [1, groups]: four ids share a counter
+    group = torch.arange(first // 4, first // 4 + groups, device=seeds.device)[None]  # [1, groups]: of four ids
     seeds, choices, positions = seeds[:, None], choices[:, None], positions[:, None]
     words = philox4x32(
         group,
@@ -256,6 +259,33 @@ def draw(
     if top_k is not None or top_p is not None or min_p is not None:
         filter_logits(scores, top_k, top_p, min_p, max_top_k, open_top_p)
     return sample_tokens(scores, gumbel(scores.shape[1], seeds, choices, positions), random)
+
+
+def draw_part(
+    scores: Tensor,
+    first: int,
+    *,
+    temperature: Tensor,
+    random: Tensor | None,
+    seeds: Tensor,
+    choices: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `draw` without filters, of a part of the vocabulary.
+
+    Args:
+        scores: [rows, ids], from id `first` on, a multiple of 4.
+
+    Returns:
+        (best final score [rows], NaN if there is one; its vocabulary id [rows] int64, the lowest on a tie).
+    """
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if random is not None:
+        scores = scores / temperature[:, None].to(scores.dtype)
+        noise = gumbel(scores.shape[1], seeds, choices, positions, first=first)
+        scores.addcmul_(noise.to(scores.dtype), random[:, None].to(scores.dtype))
+    best, ids = scores.max(-1)
+    return best, ids + first
 
 
 def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
