@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from flover.bench.figures import published
 from flover.bench.figures.digests import Data
-from flover.bench.figures.headline import main_rows, paper_at
+from flover.bench.figures.headline import main_rows, over, paper_at
 from flover.bench.figures.style import (
     BLUE,
     COLORS,
@@ -52,8 +52,7 @@ def draw_4a(data: Data) -> Figure:
         last = rows[-1]
         if last.get("x_over_best"):
             one.annotate(
-                f"{last['x_over_best']:.1f}x over the better of\n{last['best_of']}; arrivals allow"
-                f" {last['bound_arrivals']:.1f}x",
+                f"{last['x_over_best']:.1f}x over {over(last)};\narrivals allow {last['bound_arrivals']:.1f}x over serial",
                 (0.03, 0.97),
                 xycoords="axes fraction",
                 va="top",
