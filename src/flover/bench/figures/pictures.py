@@ -52,7 +52,8 @@ def draw_4a(data: Data) -> Figure:
         last = rows[-1]
         if last.get("x_over_best"):
             one.annotate(
-                f"{last['x_over_best']:.1f}x over {over(last)};\narrivals allow {last['bound_arrivals']:.1f}x over serial",
+                f"{last['x_over_best']:.1f}x over {over(last)};\n"
+                f"arrivals allow {last['bound_arrivals']:.1f}x over serial",
                 (0.03, 0.97),
                 xycoords="axes fraction",
                 va="top",
