@@ -224,7 +224,7 @@ def test_the_command_prints_vllms_block_and_keeps_it(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--backend vllm", "--backend must be openai or openai-chat"),
+        ("--backend tgi", "--backend must be openai or vllm or openai-chat"),
         ("--percentile-metrics tft", "--percentile-metrics knows ttft"),
         ("--metric-percentiles 0", "--metric-percentiles must be in"),
         ("--random-input-len 60 --random-output-len 60", "max_model_len=64"),

@@ -119,6 +119,11 @@ def test_one_send_runs_all_prompts_and_the_batch_is_seen(browser: Any, server: S
         for i, choice in enumerate(wanted["choices"]):
             assert page.locator(".answers").nth(i).inner_text().strip() == choice["text"].strip()
         until(lambda: {A, B} <= set(page.evaluate(COLOURS)))
+        page.locator(".badge").first.click()
+        until(lambda: B not in page.evaluate(COLOURS))  # paled
+        assert A in page.evaluate(COLOURS)
+        page.locator(".badge").first.click()
+        until(lambda: B in page.evaluate(COLOURS))
         steps = int(page.locator("#t-rate").inner_text())
         assert steps > 0
         assert re.fullmatch(r"[\d.]+ · [\d.]+", page.locator("#t-ttft").inner_text())

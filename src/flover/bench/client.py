@@ -21,7 +21,7 @@ import msgspec
 
 from flover.bench.records import Job, Record
 
-PATHS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+PATHS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 KEEP_ALIVE = 4.0  # seconds; uvicorn closes an idle connection after five
 SPIN = 1e-3  # seconds before a request is due that the loop is not trusted with
 Prompt = Sequence[int] | str

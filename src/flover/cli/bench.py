@@ -71,7 +71,7 @@ def serve(
     host: Annotated[str, typer.Option(help="of the server")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="of the server")] = 8000,
     endpoint: Annotated[str | None, typer.Option(help="its path (default: the backend's)")] = None,
-    backend: Annotated[str, typer.Option(help="openai (completions) or openai-chat")] = "openai",
+    backend: Annotated[str, typer.Option(help="openai (or vllm: completions), openai-chat")] = "openai",
     model: Annotated[str | None, typer.Option("--model", "-m", help="default: the first that it lists")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="makes a chat's text (default: the server's)")] = None,
     max_concurrency: Annotated[int | None, typer.Option(min=1, help="requests in flight at most")] = None,

@@ -22,7 +22,9 @@ export class Card {
       made.addEventListener("click", click);
       return made;
     };
-    this.badge = make("span", { className: "badge", textContent: label });
+    this.badge = button(label, "Show alone in the picture:", () => dispatchEvent(new CustomEvent("show-only", { detail: label })));
+    this.badge.className = "badge";
+    this.badge.setAttribute("aria-pressed", "false");
     this.status = make("span", { className: "status" });
     this.stopButton = button("Stop", "Stop", () => this.abort());
     this.stopButton.hidden = true;

@@ -13,6 +13,7 @@ export class Fusion {
     this.columns = 120;
     this.frozen = null; // the place after the last step shown, while paused
     this.cell = null; // { place, row } looked at
+    this.only = ""; // the label of the request that is not paled
     this.kvBytes = 0;
     this.queued = false;
     this.dark = new Map();
@@ -175,13 +176,13 @@ export class Fusion {
       if (!this.dark.has(look.color)) this.dark.set(look.color, darker(look.color));
       pen.fillStyle = this.dark.get(look.color);
     } else pen.fillStyle = kind === 3 ? "#a9a49e" : look.color;
-    pen.globalAlpha = kind === 2 ? 0.35 : 1;
+    pen.globalAlpha = (kind === 2 ? 0.35 : 1) * (this.only && look.label !== this.only ? 0.18 : 1);
     pen.fillRect(x, y, width + 0.3, height);
-    pen.globalAlpha = 1;
     if (kind === 1 && width >= 3) {
       pen.fillStyle = this.hatch;
       pen.fillRect(x, y, width + 0.3, height);
     }
+    pen.globalAlpha = 1;
   }
 
   #marks({ shown, wide, high, grid }) {

@@ -144,6 +144,11 @@ export class Live {
       fusion.redraw();
       tell();
     });
+    addEventListener("show-only", ({ detail }) => { // again: all of them
+      fusion.only = fusion.only === detail ? "" : detail;
+      for (const badge of document.querySelectorAll(".badge")) badge.setAttribute("aria-pressed", String(badge.textContent === fusion.only));
+      fusion.redraw();
+    });
     const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], PageUp: [-20, 0], PageDown: [20, 0] };
     canvas.addEventListener("keydown", (event) => {
       if (event.key === "Escape") {

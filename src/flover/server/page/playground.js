@@ -88,6 +88,7 @@ export class Playground {
 
   #remove(card) {
     card.abort();
+    if (card.badge.getAttribute("aria-pressed") === "true") card.badge.click(); // it pales nobody any more
     const place = this.cards.indexOf(card);
     this.cards.splice(place, 1);
     card.node.remove();
