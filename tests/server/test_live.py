@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from asgi import Client, run, until
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
-from test_server_requests import LONG, Client, run, until
+from test_server_requests import LONG
 
 from flover import AsyncLLM
 from flover.metrics import StepStats
@@ -41,7 +42,10 @@ def test_a_watcher_sees_every_step_and_leaves_no_trace(llm: AsyncLLM) -> None:
         await Client(app, "/v1/completions", body).task
         assert all(not each.rows for each in stats)  # nobody watched: the engine named no rows
 
-        watcher = Client(app, "/live", {}, "GET")
+        head = Client(app, "/live", {}, method="HEAD")
+        await head.task  # ends by itself
+        assert (head.status, head.sent) == (200, b"")
+        watcher = Client(app, "/live", {}, method="GET")
         await until(lambda: watcher.sent)
         stats.clear()
         await Client(app, "/v1/completions", {**body, "prompt": ["And", "Or"], "n": 2, "max_tokens": 20}).task
@@ -78,7 +82,7 @@ def test_a_watcher_sees_every_step_and_leaves_no_trace(llm: AsyncLLM) -> None:
 
 def test_draining_ends_the_stream(llm: AsyncLLM) -> None:
     async def test(service: Any, app: Any) -> None:
-        watcher = Client(app, "/live", {}, "GET")
+        watcher = Client(app, "/live", {}, method="GET")
         running = Client(app, "/v1/completions", {**LONG, "max_tokens": 60, "stream": True})
         await until(lambda: running.sent)
         service.draining = True

@@ -14,6 +14,8 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from starlette.responses import Response
+
 import flover
 from flover.metrics import StepStats
 from flover.request import RequestOutput
@@ -156,6 +158,9 @@ class LiveEndpoint:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await Response(media_type="text/event-stream")(scope, receive, send)
+            return
         live = self._service.live
         watcher = live.open()
         try:
@@ -168,7 +173,7 @@ class LiveEndpoint:
         service = self._service
         yield event({"hello": self._hello()})
         sent = time.monotonic()
-        while not service.dead.is_set() and not (service.draining and not service.load.live):
+        while not (service.draining and not service.load.live):
             await asyncio.sleep(INTERVAL)
             if watcher.steps or watcher.tokens or time.monotonic() - sent > HEARTBEAT:
                 sent = time.monotonic()
@@ -191,5 +196,9 @@ class LiveEndpoint:
     def _now(self) -> dict[str, Any]:
         service = self._service
         load = service.load
-        state = "draining" if service.draining else "ready"
-        return {"running": load.running, "waiting": load.waiting, "kv_usage": service.metrics.kv_usage, "state": state}
+        return {
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_usage": service.metrics.kv_usage,
+            "state": service.state,
+        }

@@ -5,7 +5,7 @@ import { Fusion } from "./fusion.js";
 import { History } from "./history.js";
 
 const $ = (id) => document.getElementById(id);
-const STATES = { ready: "ready", draining: "draining", down: "no answer", key: "needs a key", connecting: "connecting" };
+const STATES = { ready: "ready", "engine dead": "engine dead", "engine stalled": "engine stalled", draining: "draining", down: "no answer", busy: "too many watch", key: "needs a key", connecting: "connecting" };
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class Live {
@@ -28,7 +28,7 @@ export class Live {
     clearTimeout(this.wait);
     if (document.hidden) return;
     const stop = (this.stop = new AbortController());
-    let again = 1000;
+    let state = "down";
     try {
       const response = await request("/live", { signal: stop.signal });
       for await (const event of events(response)) this.#take(event);
@@ -38,11 +38,11 @@ export class Live {
         this.#state("key"); // whoever gets a key connects again
         return;
       }
-      if (error.status === 429) again = 5000;
+      if (error.status === 429) state = "busy";
     }
     if (stop.signal.aborted) return;
-    this.#state("down");
-    this.wait = setTimeout(() => this.connect(), again);
+    this.#state(state);
+    this.wait = setTimeout(() => this.connect(), state === "busy" ? 5000 : 1000);
   }
 
   #take(event) {
@@ -69,7 +69,7 @@ export class Live {
   #state(name) {
     const state = $("state");
     if (state.textContent !== STATES[name]) state.textContent = STATES[name];
-    state.className = `state ${name}`;
+    state.className = `state ${name.replace(" ", "-")}`;
   }
 
   #numbers() {
