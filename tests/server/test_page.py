@@ -47,6 +47,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    api.expect.set_options(timeout=15_000)
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         yield browser
@@ -249,6 +250,7 @@ def test_the_theme_is_kept_and_calm_is_calm(browser: Any, server: Server) -> Non
         until(lambda: A in page.evaluate(COLOURS))  # drawn all the same
 
 
+@pytest.mark.slow  # a server of its own
 def test_a_server_that_is_gone_is_noticed(browser: Any) -> None:
     with serve() as server:
         context = browser.new_context()

@@ -164,7 +164,7 @@ class LiveEndpoint:
         live = self._service.live
         watcher = live.open()
         try:
-            await until_disconnect(receive, send_events(send, self._events(watcher)))
+            await until_disconnect(receive, send_events(send, self._events(watcher), lambda error: event(error.body)))
         finally:
             live.close(watcher)
 
