@@ -110,6 +110,7 @@ class AsyncLLM:
         self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="flover-grammar")
         self._streams: dict[str, Stream] = {}  # by request id, until its last output
         self.observer: Observer | None = None
+        self._watched = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: Exception | None = None
         self._next_id = 0
@@ -253,6 +254,7 @@ class AsyncLLM:
             core.shutdown()
             raise
         self._core, self.engine, self._dead = core, engine, None
+        core.watch(self._watched)
         self.attach()
 
     async def end_engine(self, after: float = 0.5) -> None:
@@ -261,6 +263,11 @@ class AsyncLLM:
         core.dump_stacks()
         await asyncio.sleep(after)
         core.kill()
+
+    def watch(self, on: bool) -> None:
+        """Whether the `StepStats` of an observer name the rows of each step, who joins, leaves and moves."""
+        self._watched = on
+        self._core.watch(on)
 
     def shutdown(self) -> None:
         """End the engine; streams that are open get `EngineDeadError`."""

@@ -16,11 +16,11 @@ from flover.server.service import Service
 class Client:
     """One request to the ASGI application, by hand: it can go at any moment."""
 
-    def __init__(self, app: Any, path: str, body: dict[str, Any], headers: Any = ()) -> None:
+    def __init__(self, app: Any, path: str, body: dict[str, Any], headers: Any = (), method: str = "POST") -> None:
         self.gone, self.sent = asyncio.Event(), b""
         self.status, self.headers = 0, {}
         self._body = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""}
         headers = [(b"content-type", b"application/json"), *headers]
         self.task = asyncio.ensure_future(app({**scope, "headers": headers, "root_path": ""}, self.receive, self.send))
 

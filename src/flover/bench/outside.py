@@ -5,22 +5,18 @@ Each is asked for greedy tokens, for exactly `num_output` of them: EOS ends noth
 
 from __future__ import annotations
 
-import http.client
-import json
+import os
 import time
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import Any
 
 import torch
 
 from flover.bench.engines import Progress, new_records, release, wait_until
-from flover.bench.records import Job, Record, Run
+from flover.bench.records import Job, Run
 from flover.bench.systems import SystemMissing
 from flover.config import EngineConfig
 from flover.engine.engine import survey
@@ -153,95 +149,42 @@ class OpenAISystem:
     Args:
         url: of the server, with or without /v1.
         model: its name there; None: the first that /v1/models lists.
-        timeout: seconds without a byte after which a request has failed.
+        timeout: seconds without a byte after which a request has failed. max_concurrency: requests in flight at most.
 
     Raises:
-        SystemMissing: nothing answers there. ValueError: no http(s) URL.
+        SystemMissing: nothing answers there, or aiohttp is not installed. ValueError: no http(s) URL.
     """
 
-    def __init__(self, name: str, url: str, model: str | None = None, timeout: float = 600.0) -> None:
-        self.name, self.timeout = name, timeout
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        model: str | None = None,
+        timeout: float = 600.0,
+        max_concurrency: int | None = None,
+    ) -> None:
+        self.name, self._max_concurrency = name, max_concurrency
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{name} needs a URL such as openai:http://localhost:8000")
-        self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.model = model or self._first_model()
+        if find_spec("aiohttp") is None:
+            raise SystemMissing(f'{name} needs aiohttp: pip install "flover[bench]"')
+        from flover.bench.client import Endpoint, first_model
 
-    def _first_model(self) -> str:
+        base = url.rstrip("/").removesuffix("/v1")
+        key = os.environ.get("OPENAI_API_KEY", "")
         try:
-            with urllib.request.urlopen(f"{self.base}/models", timeout=10) as response:
-                return str(json.load(response)["data"][0]["id"])
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            raise SystemMissing(f"{self.base}/models gives no model: {' '.join(str(error).split())[:200]}") from None
+            model = model or first_model(base, key)["id"]
+        except ValueError as error:
+            raise SystemMissing(str(error)) from None
+        self._endpoint = Endpoint(f"{base}/v1/completions", model, key=key, timeout=timeout)
 
     def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
-        """As `records.System.run`: a thread and a connection for each request in flight.
+        """As `records.System.run`. A server that does not send token ids leaves them out."""
+        from flover.bench.client import drive
 
-        A token's time is that of the chunk that brought it. A server that does not send token ids leaves them out.
-        """
-        run, done, origin = Run(self.name, new_records(jobs)), SimpleQueue[None](), time.monotonic()
-        started = finished = 0
-        while finished < len(jobs):
-            while started < len(jobs) and jobs[started].arrival <= time.monotonic() - origin:
-                arguments = jobs[started], run.records[started], origin, done
-                Thread(target=self._complete, args=arguments, daemon=True).start()
-                started += 1
-            left = origin + jobs[started].arrival - time.monotonic() if started < len(jobs) else None
-            if left is not None and left < 2e-3:
-                wait_until(origin + jobs[started].arrival)
-                continue
-            try:
-                done.get(timeout=None if left is None else left - 1e-3)
-            except Empty:
-                continue
-            finished += 1
-            if progress is not None:
-                progress(finished)
-        return run
-
-    def _complete(self, job: Job, record: Record, origin: float, done: SimpleQueue[None]) -> None:
-        try:
-            self._stream(job, record, origin)
-            if len(record.times) != job.num_output:
-                record.error = f"{job.num_output} tokens were asked for, {len(record.times)} came"
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            record.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        finally:
-            done.put(None)
-
-    def _stream(self, job: Job, record: Record, origin: float) -> None:
-        body = {
-            "model": self.model,
-            "prompt": list(job.prompt),
-            "max_tokens": job.num_output,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "return_token_ids": True,  # of vLLM; others ignore it
-        }
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.base}/completions", data, headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            for event in _events(response):
-                now = time.monotonic() - origin
-                if "error" in event:
-                    raise ValueError(str(event["error"]))
-                for choice in event.get("choices", ()):
-                    ids = choice.get("token_ids") or ()
-                    record.token_ids += ids
-                    record.times += [now] * (len(ids) or int(bool(choice.get("text"))))
-                total = (event.get("usage") or {}).get("completion_tokens", 0)
-                late = total - len(record.times)  # tokens that had no text of their own
-                record.times += [record.times[-1] if record.times else now] * late
+        prompts = [job.prompt for job in jobs]
+        return Run(self.name, drive(self._endpoint, jobs, prompts, self._max_concurrency, progress))
 
     def close(self) -> None:
         pass
-
-
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events."""
-    for line in response:
-        text = line.decode().strip()
-        if text.startswith("data:") and text != "data: [DONE]":
-            yield json.loads(text[5:])

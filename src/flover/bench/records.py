@@ -26,6 +26,7 @@ class Record:
     """What became of a job. `times`: when each output token was there; with an `error` it may have few or none.
 
     num_preemptions: of our engine, how often it lost its memory and was computed again.
+    sent, ended, status: of a request over HTTP, when it was sent and when its answer ended, and the code of that.
     """
 
     arrival: float
@@ -34,6 +35,9 @@ class Record:
     token_ids: list[int] = field(default_factory=list)
     error: str | None = None
     num_preemptions: int = 0
+    sent: float | None = None
+    ended: float | None = None
+    status: int = 0
 
     @property
     def ttft(self) -> float:

@@ -1,8 +1,8 @@
 """Numbers made of a run, as vLLM's `bench serve` names them, and what repeats say about them.
 
-TTFT, TPOT and E2E are per request, then summarised; ITL pools every gap of every request. All over the requests that
-succeeded; throughput is their tokens over the time from the first arrival to the last token. Milliseconds in what is
-printed and stored, seconds everywhere else.
+TTFT, TPOT and E2E are per request, then summarised; ITL pools every gap of every request (tokens that came in one piece
+have none between them). All over the requests that succeeded; throughput is their tokens over the time from the first
+arrival to the last token. Milliseconds in what is printed and stored, seconds everywhere else.
 """
 
 from __future__ import annotations
@@ -18,23 +18,31 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from flover.bench.records import Record, Run
-from flover.metrics import Distribution
 
 Numbers = dict[str, float]
 GOALS = ("ttft", "tpot", "e2el")
+REFUSALS = (429, 503)  # "rejected": these, counted as failed too
 COUNTS = {
     "completed": "Successful requests:",
     "failed": "Failed requests:",
+    "rejected": "Rejected requests:",
+    "p99_rejection_ms": "P99 time to a rejection (ms):",
+    "max_concurrency": "Maximum request concurrency:",
+    "request_rate": "Request rate configured (RPS):",
+    "mean_late_ms": "Mean client lateness (ms):",
+    "p99_late_ms": "P99 client lateness (ms):",
     "duration": "Benchmark duration (s):",
     "total_input_tokens": "Total input tokens:",
     "total_output_tokens": "Total generated tokens:",
     "request_throughput": "Request throughput (req/s):",
     "request_goodput": "Request goodput (req/s):",
     "output_throughput": "Output token throughput (tok/s):",
+    "max_concurrent_requests": "Peak concurrent requests:",
     "total_token_throughput": "Total Token throughput (tok/s):",
 }
 LATENCIES = {
@@ -64,18 +72,19 @@ def parse_goals(texts: Sequence[str]) -> dict[str, float]:
     return goals
 
 
-def measure(run: Run, goals: Mapping[str, float] | None = None) -> Numbers:
+def measure(run: Run, goals: Mapping[str, float] | None = None, percentiles: Sequence[float] = (99,)) -> Numbers:
     """The numbers of a run, keyed as in the JSON of vLLM's bench.
 
     Args:
         goals: seconds by name (`parse_goals`); with some, `request_goodput` counts the requests that meet all of them.
+        percentiles: of each latency (nearest rank), beside mean and median.
     """
     good = [record for record in run.records if succeeded(record)]
     seconds = max(run.duration, 1e-9)
     inputs, outputs = sum(r.num_prompt for r in good), sum(len(r.times) for r in good)
-    numbers: Numbers = {
-        "completed": len(good),
-        "failed": len(run.records) - len(good),
+    numbers: Numbers = {"completed": len(good), "failed": len(run.records) - len(good)}
+    numbers |= _over_http(run.records)
+    numbers |= {
         "duration": run.duration,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
@@ -88,14 +97,38 @@ def measure(run: Run, goals: Mapping[str, float] | None = None) -> Numbers:
     values = {
         "ttft": [r.ttft for r in good],
         "tpot": [r.tpot for r in good if len(r.times) > 1],
-        "itl": [b - a for r in good for a, b in zip(r.times, r.times[1:])],
+        "itl": [b - a for r in good for a, b in zip(r.times, r.times[1:]) if b > a],
         "e2el": [r.e2e for r in good],
     }
     for name, each in values.items():
-        found = Distribution.of(each)
-        for word, value in (("mean", found.mean), ("median", found.median), ("p99", found.p99)):
-            numbers[f"{word}_{name}_ms"] = value * 1e3
+        numbers[f"mean_{name}_ms"] = statistics.fmean(each) * 1e3 if each else 0.0
+        numbers[f"median_{name}_ms"] = statistics.median(each) * 1e3 if each else 0.0
+        for percent in percentiles:
+            numbers[f"p{percent:g}_{name}_ms"] = percentile(each, percent) * 1e3
     return numbers
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Nearest rank; 0 of nothing."""
+    rank = max(math.ceil(percent * len(values) / 100), 1)
+    return sorted(values)[rank - 1] if values else 0.0
+
+
+def _over_http(records: Sequence[Record]) -> Numbers:
+    """What only a client of a server can know; nothing of other runs."""
+    sent = [record for record in records if record.sent is not None and record.ended is not None]
+    if not sent:
+        return {}
+    refused = [(r.ended or 0.0) - (r.sent or 0.0) for r in sent if r.status in REFUSALS]
+    late = [(r.sent or 0.0) - r.arrival for r in sent]
+    edges = sorted([(r.sent, 1) for r in sent] + [(r.ended, -1) for r in sent])
+    return {
+        "rejected": len(refused),
+        "p99_rejection_ms": percentile(refused, 99) * 1e3,
+        "mean_late_ms": statistics.fmean(late) * 1e3,
+        "p99_late_ms": percentile(late, 99) * 1e3,
+        "max_concurrent_requests": max(accumulate(step for _, step in edges)),
+    }
 
 
 def succeeded(record: Record) -> bool:
@@ -166,14 +199,19 @@ def _two_sided(x: float, df: int) -> float:
 # ---- what is printed -------------------------------------------------------------------------------------------------
 
 
-def block(found: Mapping[str, Estimate], title: str = "Serving Benchmark Result") -> str:
+def block(
+    found: Mapping[str, Estimate], title: str = "Serving Benchmark Result", metrics: Sequence[str] = tuple(LATENCIES)
+) -> str:
     """The result block of vLLM's bench serve; over repeats with the half width of the confidence interval."""
     lines = [f"{f' {title} ':=^50}"]
     lines += [_line(label, found[name]) for name, label in COUNTS.items() if name in found]
-    for name, words in LATENCIES.items():
-        lines.append(f"{words:-^50}")
-        for word, label in (("mean", "Mean"), ("median", "Median"), ("p99", "P99")):
-            lines.append(_line(f"{label} {name.upper()} (ms):", found[f"{word}_{name}_ms"]))
+    for name in metrics:
+        lines.append(f"{LATENCIES[name]:-^50}")
+        for key, value in found.items():
+            word, _, rest = key.partition("_")
+            if rest == f"{name}_ms":
+                label = word.upper() if word[1:2].isdigit() else word.capitalize()
+                lines.append(_line(f"{label} {name.upper()} (ms):", value))
     return "\n".join([*lines, "=" * 50])
 
 
@@ -186,11 +224,9 @@ def _line(label: str, value: Estimate) -> str:
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """When, with what command, versions and commit, on what machine."""
+def provenance(device: str | None) -> dict[str, Any]:
+    """When, with what command, versions and commit, on what machine; without a device (a client) nothing of torch."""
     import numpy as np
-
-    from flover.profile import environment  # of torch
 
     here = Path(__file__).parent
     try:
@@ -205,8 +241,16 @@ def provenance(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cores": os.cpu_count(),
-        **environment(device),
+        **_environment(device),
     }
+
+
+def _environment(device: str | None) -> dict[str, Any]:
+    if device is None:
+        return {"platform": platform.platform()}
+    from flover.profile import environment  # of torch
+
+    return environment(device)
 
 
 def run_json(run: Run, numbers: Numbers, seed: int) -> dict[str, Any]:

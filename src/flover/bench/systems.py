@@ -55,7 +55,7 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
         name: see the module.
         config: of the engine. What a system is defined by (policy, rows, layout) it sets itself.
         options: of `dynamic`: stream, preferred, max_batch (`engines.DynamicSystem`); of `concurrent`: asleep
-            (`instances.ConcurrentSystem`); of `openai`: model, timeout (`outside.OpenAISystem`).
+            (`instances.ConcurrentSystem`); of `openai`: model, timeout, max_concurrency (`outside.OpenAISystem`).
 
     Raises:
         SystemMissing: an outside system that is not here.
@@ -180,5 +180,5 @@ def _transformers(name: str, detail: str, config: EngineConfig, options: dict[st
 def _openai(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.outside import OpenAISystem
 
-    _only(name, options, "model", "timeout")
+    _only(name, options, "model", "timeout", "max_concurrency")
     return OpenAISystem(name, detail, **options)

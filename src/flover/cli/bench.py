@@ -1,4 +1,4 @@
-"""`flover bench throughput | latency | compare | startup | workloads | paper`: what each takes; no work.
+"""`flover bench serve | throughput | latency | compare | startup | workloads | paper`: what each takes; no work.
 
 Options are named as in vLLM's `bench`. Other commands of the group register with `app`.
 """
@@ -60,6 +60,51 @@ def throughput(
     from flover.cli.bench_run import run_throughput
 
     return run_throughput(policy, Load(**load), num_repeats, goodput or [], output_json, engine)
+
+
+@app.command()
+@with_options(load=Load)
+def serve(
+    goals: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # vLLM's: --goodput ttft:500 tpot:50
+    *,
+    base_url: Annotated[str | None, typer.Option(help="of the server, instead of host and port")] = None,
+    host: Annotated[str, typer.Option(help="of the server")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of the server")] = 8000,
+    endpoint: Annotated[str | None, typer.Option(help="its path (default: the backend's)")] = None,
+    backend: Annotated[str, typer.Option(help="openai (or vllm: completions), openai-chat")] = "openai",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="default: the first that it lists")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="makes a chat's text (default: the server's)")] = None,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="requests in flight at most")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="exactly the output tokens asked for")] = False,
+    goodput: Goodput = None,
+    percentile_metrics: Annotated[str, typer.Option(help="those printed")] = "ttft,tpot,itl,e2el",
+    metric_percentiles: Annotated[str, typer.Option(help="such as 50,90,99.9")] = "99",
+    seed: Annotated[int, typer.Option(help="of prompts, lengths and arrivals")] = 0,
+    save_result: Annotated[bool, typer.Option("--save-result", help="as JSON, with each request")] = False,
+    result_dir: Annotated[Path, typer.Option(help="of the JSON")] = Path("."),
+    result_filename: Annotated[str | None, typer.Option(help="default: made of backend, rate, model and time")] = None,
+    load: dict[str, Any],
+) -> int:
+    """Send requests to an OpenAI endpoint on schedule, whatever it does: TTFT, TPOT, ITL, E2E, goodput."""
+    from flover.cli.bench_serve import ServeBench, run_serve_bench
+
+    if goals and not goodput:
+        raise ValueError(f"unexpected argument {goals[0]!r}")
+    bench = ServeBench(
+        base_url or f"http://{host}:{port}",
+        endpoint,
+        backend,
+        model,
+        tokenizer,
+        max_concurrency,
+        ignore_eos,
+        [*(goodput or ()), *(goals or ())],
+        percentile_metrics,
+        metric_percentiles,
+        seed,
+    )
+    path = (result_dir / result_filename if result_filename else result_dir) if save_result else None
+    return run_serve_bench(bench, Load(**load), path)
 
 
 @app.command()

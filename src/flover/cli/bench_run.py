@@ -27,6 +27,7 @@ from flover.bench.results import (
     measure,
     over_repeats,
     parse_goals,
+    percentile,
     provenance,
     run_json,
     write_json,
@@ -139,7 +140,7 @@ def run_latency(
     found = over_repeats(numbers)
     mean = Estimate.of(latencies)
     print(f"Avg latency: {mean.mean:.6f} seconds" + mean.margin)
-    percentiles = {p: _percentile(latencies, p) for p in PERCENTAGES}
+    percentiles = {p: percentile(latencies, p) for p in PERCENTAGES}
     for percent, seconds in percentiles.items():
         print(f"{percent}% percentile latency: {seconds:.6f} seconds")
     print(block(found, "Mean of the batches"))
@@ -226,11 +227,6 @@ def _print_comparison(
 def _cell(value: Estimate) -> str:
     text = f"{value.mean:.4g}" if value.mean < 1e4 else f"{value.mean:.0f}"
     return text + value.margin
-
-
-def _percentile(values: Sequence[float], percent: int) -> float:
-    """Nearest rank."""
-    return sorted(values)[max(-(-percent * len(values) // 100), 1) - 1]
 
 
 def _runs_json(bench: Bench, runs: Sequence[Run], numbers: Sequence[Numbers]) -> list[dict[str, Any]]:

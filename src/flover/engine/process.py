@@ -27,6 +27,7 @@ from flover.engine.wire import (
     Start,
     Stepped,
     ToEngine,
+    Watch,
 )
 from flover.lifeline import end_soon, end_with_parent
 from flover.request import FinishReason
@@ -57,10 +58,12 @@ class EngineProcess:
         kv = self._core.scheduler.kv
         self._connection.send(_stepped(output, (kv.num_free_blocks, kv.num_cached_blocks, kv.num_used_blocks)))
 
-    def _take(self, message: NewRequest | Finish | ResetCache) -> None:
+    def _take(self, message: NewRequest | Finish | ResetCache | Watch) -> None:
         if isinstance(message, ResetCache):
             self._core.scheduler.kv.reset_cache()
             self._report(StepOutput())
+        elif isinstance(message, Watch):
+            self._core.scheduler.record_rows = message.on
         elif isinstance(message, Finish):
             self._core.finish(message.request_id, message.reason, message.stop_reason)
         else:

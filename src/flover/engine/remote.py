@@ -32,6 +32,7 @@ from flover.engine.wire import (
     ResetCache,
     Start,
     Stepped,
+    Watch,
 )
 from flover.request import FinishReason, Request, RequestStatus
 from flover.startup import StartupTimes
@@ -127,6 +128,10 @@ class RemoteCore:
     def step(self) -> StepOutput:
         """What the engine's next step gave; waits for it."""
         return self._take_in(self._next())
+
+    def watch(self, on: bool) -> None:
+        """Whether the statistics of steps shall name their rows, as under record_timeline."""
+        self._send(Watch(on))
 
     def shutdown(self) -> None:
         """End the process; what is in flight is dropped."""

@@ -77,6 +77,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, kv_config: KVConfig, kv: KVLayout, clock: Callable[[], float]) -> None:
         self.config, self.kv, self.clock, self._kv_config = config, kv, clock, kv_config
         self.policy = Policy(config.policy, config.order)
+        self.record_rows = config.record_timeline  # may be turned on and off between steps
         self.paged = kv_config.layout == "paged"
         self.prefix_caching = kv_config.prefix_caching
         self.token_bytes, self.debug_poison = kv_config.bytes_per_token, kv_config.debug_poison
@@ -152,7 +153,7 @@ class Scheduler:
         started = self.clock()
         if not self.table.requests and not self._waiting:
             return None
-        before = list(self.table.requests) if self.config.record_timeline else []
+        before = list(self.table.requests) if self.record_rows else []
         # the host knows the end of a row at its limit without seeing the token
         self._departing += [request for request in self._complete if not request.finished]
         tables: list[Table] = []
@@ -399,7 +400,7 @@ class Scheduler:
         num_dead, num_prefill = int(np.count_nonzero(dead)), sum(chunks.values())
         num_scheduled = num_advanced = int(scheduled.sum())
         rows, sampled, token_ids, stop_ids = list(table.requests), table.requests, table.token_ids, table.stop_ids
-        prefilling = (computed < prefill) & (dead == 0) if self.config.record_timeline else None
+        prefilling = (computed < prefill) & (dead == 0) if self.record_rows else None
         advanced = scheduled
         if num_dead:
             advanced = scheduled * (dead == 0)

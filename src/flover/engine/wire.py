@@ -100,6 +100,12 @@ class ResetCache(msgspec.Struct, array_like=True, tag="reset"):
     """Forget the prefixes that can be found; live requests go on."""
 
 
+class Watch(msgspec.Struct, array_like=True, tag="watch"):
+    """From now on the statistics of a step shall name its rows, or not."""
+
+    on: bool
+
+
 class Ready(msgspec.Struct, array_like=True, tag="ready"):
     """The engine has started."""
 
@@ -153,7 +159,7 @@ class Stepped(msgspec.Struct, array_like=True, tag="stepped"):
     blocks: tuple[int, int, int]  # of the KV cache, afterwards: free, cached, used
 
 
-ToEngine: TypeAlias = Start | NewRequest | Finish | ResetCache
+ToEngine: TypeAlias = Start | NewRequest | Finish | ResetCache | Watch
 FromEngine: TypeAlias = Ready | Failed | Stepped
 
 

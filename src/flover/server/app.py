@@ -21,8 +21,10 @@ from flover.request import ContextLengthError, SamplingParams
 from flover.server.answers import ChatCompletion, Completion
 from flover.server.embeddings import ONE_TOKEN, EmbeddingAnswer, EmbeddingRequest
 from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
+from flover.server.live import LiveEndpoint
 from flover.server.middleware import Auth, Bodies, RequestId
 from flover.server.openapi import openapi
+from flover.server.page import page_routes
 from flover.server.protocol import (
     Body,
     ChatCompletionRequest,
@@ -71,6 +73,8 @@ def routes(service: Service) -> list[Route]:
         Route("/openapi.json", _get(service, document)),
         Route("/load", _get(service, load)),
         Route("/metrics", _get(service, metrics)),
+        Route("/live", LiveEndpoint(service), methods=["GET"]),
+        *page_routes(),
     ]
 
 

@@ -15,8 +15,9 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flover.server.errors import ApiError
+from flover.server.page import PAGE
 
-OPEN_PATHS = ("/livez", "/readyz")
+OPEN_PATHS = ("/livez", "/readyz", *PAGE)  # the page holds no data
 MAX_REQUEST_ID = 128
 LINGER_SECONDS = 2.0
 

@@ -14,6 +14,7 @@ from flover.metrics import StepStats
 from flover.request import RequestOutput
 from flover.server.config import ServerConfig
 from flover.server.errors import ApiError, deadline, draining, engine_dead
+from flover.server.live import Live
 from flover.server.load import Load
 from flover.server.metrics import Metrics
 from flover.server.tool_parsers import detect
@@ -52,6 +53,7 @@ class Service:
         tokenizer = llm.engine.tokenizer
         self.tool_format = config.tool_call_parser or detect(tokenizer.chat_template if tokenizer else None)
         self.draining = self.stalled = False
+        self.live = Live(llm.watch, self.load)
         self.dead = asyncio.Event()
         self.death = ""
         self.num_events = 0
@@ -161,6 +163,7 @@ class Service:
     def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
         self.num_events += 1
         self.metrics.blocks = self.llm.kv_blocks
+        self.live.stepped(outputs, stats)  # first: it asks when the token before came
         self.metrics.stepped(outputs, stats)
 
     def died(self, error: Exception) -> None:
