@@ -14,6 +14,7 @@ from harness import echo_core, echo_folder, prefix_equal, random_jobs, run
 from ranks import ThreadRanks
 from test_same_tokens import FUSED, make_requests, trace
 
+from flover import LLM, SamplingParams
 from flover.config import EngineConfig
 from flover.engine.batch import BatchPlan, RowJoin
 from flover.engine.digest import RowDigest
@@ -21,6 +22,7 @@ from flover.engine.engine import EngineCore
 from flover.engine.launch import launched
 from flover.engine.links import GroupDeadError
 from flover.request import FinishReason, Request, RowSampling
+from flover.structured import StructuredOutputsParams
 
 LAYOUTS: list[dict[str, Any]] = [
     {"kv_layout": "paged", "block_size": 8, "num_kv_blocks": 14},  # preempts often
@@ -287,3 +289,20 @@ def test_ranks_started_and_ranks_wanted_must_be_as_many(echo: Path, monkeypatch:
 def test_heads_that_do_not_divide(echo: Path) -> None:
     with pytest.raises(ValueError, match="tensor_parallel_size=5 does not divide the model's 12 heads"):
         echo_core(echo, tensor_parallel_size=5)
+
+
+def test_a_grammar_binds_every_rank(ranks: ThreadRanks) -> None:
+    """Its masks reach the ranks with the sampling phase, beside a request without one."""
+
+    def run_one(size: int) -> list[str]:
+        with LLM(device="cpu", dtype="float64", max_model_len=96, tensor_parallel_size=size) as llm:
+            bound = SamplingParams(
+                structured_outputs=StructuredOutputsParams(regex="(ab|cd)+e"), max_tokens=12, temperature=0.9, seed=1
+            )
+            free = SamplingParams(max_tokens=12, temperature=0.9, seed=1)
+            outputs = llm.generate(["In the", "And Moses"], [bound, free], use_tqdm=False)
+            return [output.outputs[0].text for output in outputs]
+
+    one, two = run_one(1), run_one(2)
+    assert one == two
+    assert one[0].startswith(("ab", "cd"))

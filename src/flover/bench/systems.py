@@ -4,6 +4,7 @@
 |---|---|
 | serial | nobody: one request at a time to its end, in order of arrival |
 | fused | everyone in flight; with the cache as configured, or `:paged`, or a slab: `:off`, `:move`, `:indirect` |
+| fused:MODE:tpN | the same on N tensor-parallel ranks |
 | dynamic, dynamic:50ms, dynamic:2s | a batch that joins and leaves together (`batcher`); no unit: seconds; none: 0 |
 | concurrent, concurrent:N | N instances around the same weights, each one request at a time (`instances`) |
 | concurrent-processes, concurrent-processes:N | N processes with weights of their own, likewise (`processes`) |
@@ -30,6 +31,7 @@ NAMES = (
     "fused:move",
     "fused:indirect",
     "fused:paged",
+    "fused:MODE:tpN",
     "dynamic",
     "dynamic:DELAY",
     "concurrent",
@@ -41,6 +43,7 @@ NAMES = (
     "openai:URL",
 )
 OUTSIDE = ("transformers", "transformers:batch", "openai")
+RANKS = re.compile(r":tp([1-9][0-9]{0,2})$")
 UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
 
 
@@ -85,7 +88,9 @@ def check_name(name: str) -> None:
     elif kind == "openai":
         if not detail.startswith(("http://", "https://")):
             raise ValueError(f"{name!r} needs a URL such as openai:http://localhost:8000")
-    elif name not in NAMES or name.endswith((":DELAY", ":N")):
+    elif kind == "fused" and RANKS.search(name):
+        check_name(RANKS.sub("", name))
+    elif name not in NAMES or name.endswith((":DELAY", ":N", ":tpN")):
         raise _unknown(name)
 
 
@@ -142,6 +147,8 @@ def _fused(name: str, detail: str, config: EngineConfig, options: dict[str, Any]
     from flover.bench.engines import EngineSystem
 
     _only(name, options)
+    if (ranks := RANKS.search(name)) is not None:
+        config, detail = replace(config, tensor_parallel_size=int(ranks[1])), RANKS.sub("", detail)
     if detail == "paged":
         config = replace(config, kv_layout="paged")
     elif detail:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Protocol
+from typing import Any, Protocol
 
 from flover.engine.batch import BatchPlan, RowMasks, StepResult, encode_masks, encode_plan
 from flover.engine.digest import RowDigest
@@ -60,6 +60,11 @@ class GroupExecutor:
         self._digest = RowDigest(max_rows)
         self._sequence = 0
         self._last: _Watched | None = None
+
+    @property
+    def _runner(self) -> Any:
+        """This rank's, as of the other executors (`bound.runner_of`)."""
+        return getattr(self._local, "_runner", None)
 
     def submit(self, plan: BatchPlan) -> Future[StepResult]:
         """Hand a plan over; what goes wrong on any rank is in the future."""

@@ -9,6 +9,7 @@ found before anything is loaded where it is a matter of size.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -155,6 +156,11 @@ class Bench:
         return config
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
+
+    @property
+    def most_ranks(self) -> int:
+        """Of a tensor-parallel group that can run here: GPUs, or cores."""
+        return torch.cuda.device_count() if self.device == "cuda" else os.cpu_count() or 1
 
     @property
     def most(self) -> int:

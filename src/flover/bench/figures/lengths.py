@@ -28,12 +28,18 @@ def draw_jobs(bench: Bench, model: str, count: int, upper: int, gap: float, repe
 
 
 def measure_modes(
-    bench: Bench, group: str, model: str, cells: Sequence[tuple[int, int]], modes: Sequence[str], instances: bool
+    bench: Bench,
+    group: str,
+    model: str,
+    cells: Sequence[tuple[int, int]],
+    modes: Sequence[str],
+    instances: bool,
+    ranks: int = 1,
 ) -> tuple[list[Data], list[Data], list[Data]]:
     """Rows of (requests, upper bound) x mode, tokens compared, gaps.
 
     Args:
-        instances: concurrent instances too, on the largest number of requests.
+        instances: concurrent instances too, on the largest number of requests. ranks: of a tensor-parallel group.
 
     Raises:
         MissingError: the model, or a first mode, cannot run.
@@ -52,7 +58,8 @@ def measure_modes(
     found: dict[str, Data] = {}
     gaps: list[Data] = []
     for mode in modes:
-        found[mode] = bench.measure(group, model, MODES[mode], jobs, reference["tokens"])
+        system = MODES[mode] + (f":tp{ranks}" if ranks > 1 else "")
+        found[mode] = bench.measure(group, model, system, jobs, reference["tokens"])
     if instances:
         few = {k: j for k, j in jobs.items() if len(j) == most and k.endswith("| 0")}
         few = {
@@ -153,18 +160,40 @@ def _random_verdict(rows: Sequence[Data]) -> str:
 
 
 def figure_tp(bench: Bench) -> Figure:
-    """As random, under tensor parallelism (v1 Fig. 10), at the numbers of ranks that there are: one."""
-    scale, model = bench.scale, "llama-13b"
-    upper, counts = scale.tp
-    missing = [{"ranks": n, "why": "this engine runs on one device; there is no setting for more"} for n in (2, 4, 8)]
-    try:
-        cells = [(count, upper) for count in counts]
-        rows, tokens, gaps = measure_modes(bench, "tp", model, cells, ("off", "move"), instances=False)
-    except MissingError as error:
-        return gap_figure(str(error))
-    if not any(row["mode"] == "move" for row in rows):
-        return gap_figure("off and move are not measured on the same requests")
-    rows = [{"ranks": 1} | row for row in rows]
+    """As random, under tensor parallelism (v1 Fig. 10), at the numbers of ranks that there are."""
+    model, (upper, counts) = "llama-13b", bench.scale.tp
+    cells = [(count, upper) for count in counts]
+    rows: list[Data] = []
+    tokens: list[Data] = []
+    gaps: list[Data] = []
+    for ranks in (1, 2, 4, 8):
+        if ranks > (have := bench.most_ranks):
+            kind = "CPU core" if bench.device == "cpu" else "GPU"
+            gaps.append({"ranks": ranks, "why": f"this machine has {_plural(kind, have)}"})
+            continue
+        try:
+            made, agreed, missing = measure_modes(bench, "tp", model, cells, ("off", "move"), False, ranks)
+        except MissingError as error:
+            gaps.append({"ranks": ranks, "why": str(error)})
+            continue
+        rows += [{"ranks": ranks} | row for row in made]
+        tokens += [{"ranks": ranks} | row for row in agreed]
+        gaps += missing
+    moved = [row for row in rows if row["mode"] == "move"]
+    if not moved:
+        return gap_figure(gaps[0]["why"] if gaps else "off and move are not measured on the same requests")
+    ours: Data = {f"{_plural('rank', r['ranks'])}, {r['requests']} requests: gain": r["gain"] for r in moved}
+    notes = ["The paper does not name the model; LLaMA 13B is used. Its two-rank runs had outputs up to 1000 tokens."]
+    if bench.device == "cpu":
+        notes.append("Ranks are processes that share the cores of one machine and talk through gloo.")
+    return Figure(_paper_tp(), ours, _tp_verdict(moved, upper, counts), rows, tokens, notes, gaps)
+
+
+def _plural(word: str, count: int) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _paper_tp() -> Data:
     paper: Data = {}
     for ranks, numbers in published.TENSOR_PARALLEL.items():
         for key, value in numbers.items():
@@ -172,14 +201,22 @@ def figure_tp(bench: Bench) -> Figure:
             paper |= {
                 f"{ranks} ranks, {key.replace('_', ' ')} {n}: gain".replace(" :", ":"): a / b for n, (a, b) in pairs
             }
-    ours: Data = {f"1 rank, {r['requests']} requests: gain": r["gain"] for r in rows if r["mode"] == "move"}
-    gains = ", ".join(f"{value:.2f}" for value in ours.values())
-    verdict = (
-        f"Gap: with one rank reordering gains {gains} over off at {', '.join(map(str, counts))} requests of up to"
-        f" {upper} tokens; 2, 4 and 8 ranks (paper: 1.46 to 3.30) cannot be run by this engine yet."
+    return paper
+
+
+def _tp_verdict(moved: Sequence[Data], upper: int, counts: Sequence[int]) -> str:
+    by_ranks = {row["ranks"]: [r["gain"] for r in moved if r["ranks"] == row["ranks"]] for row in moved}
+    gains = "; ".join(
+        f"with {_plural('rank', ranks)} {', '.join(f'{gain:.2f}' for gain in each)}" for ranks, each in by_ranks.items()
     )
-    notes = ["The paper does not name the model; LLaMA 13B is used. Its two-rank runs had outputs up to 1000 tokens."]
-    return Figure(paper, ours, verdict, rows, tokens, notes, gaps + missing)
+    most = max(by_ranks)
+    # no reordering saves more than all dead rows; what goes beyond is noise
+    real = min(min(row["gain"], row["gain_by_rows"]) for row in moved if row["ranks"] == most)
+    word = "Gap" if most == 1 else "Reproduced" if real >= 1.29 else "Partly" if real > 1.02 else "No"
+    return (
+        f"{word}: reordering gains over off, at {', '.join(map(str, counts))} requests of up to {upper} tokens, {gains}"
+        " (paper, on 2, 4 and 8 ranks: 1.46 to 3.30)."
+    )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

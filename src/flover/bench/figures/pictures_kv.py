@@ -68,8 +68,11 @@ def _gains(axes: Any, moved: list[Data], theirs: dict[str, float]) -> None:
 
 def draw_tp(data: Data) -> Figure:
     rows = [row for row in data["rows"] if row["mode"] == "move"]
-    figure, axes = panels(1, "Reordering by tensor-parallel ranks: one rank can be run here, the paper had 2 to 8")
-    labels = [f"here, 1 rank\n{row['requests']} requests\nup to {row['upper']}" for row in rows]
+    figure, axes = panels(1, "Reordering by tensor-parallel ranks: here, and in the paper")
+    labels = [
+        f"here, {row['ranks']} rank{'s' * (row['ranks'] > 1)}\n{row['requests']} requests\nup to {row['upper']}"
+        for row in rows
+    ]
     values, colors = [row["gain"] for row in rows], [BLUE] * len(rows)
     for name, gain in data["paper"].items():
         ranks, rest = name.removesuffix(": gain").split(", ")
