@@ -44,9 +44,9 @@ class EngineDeadError(RuntimeError):
 def _memory_settings(config: EngineConfig) -> dict[str, str]:
     """Environment that bounds what a CPU engine keeps for step shapes that may never come again.
 
-    oneDNN keeps 1,024 compiled products with buffers of their own, hundreds of MB over an hour of ever new shapes. In fp32
-    making them anew costs nothing measurable; in 16 bits 0.1 ms each, so the shapes of a step or two are kept. And glibc,
-    once a large block has been freed, takes others of its size from a heap that they fragment.
+    oneDNN keeps 1,024 compiled products with buffers of their own: hundreds of MB, after some time of ever new shapes.
+    In fp32 making them anew costs nothing measurable; in 16 bits 0.1 ms each, so the shapes of a step or two are kept.
+    And glibc, once a large block has been freed, takes others of its size from a heap that they fragment.
     """
     kept = "16" if config.dtype in ("bfloat16", "float16") else "0"
     return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept, "MALLOC_MMAP_THRESHOLD_": "131072"}
