@@ -5,9 +5,7 @@ The names below are imported on first use, so that the torch-free modules stay t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, without importing it: until `flover` has begun, Ctrl-C is a traceback
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -22,6 +20,8 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from flover.async_llm import AsyncLLM as AsyncLLM
     from flover.config import EngineConfig as EngineConfig
     from flover.engine.llm_engine import LLMEngine as LLMEngine
@@ -33,5 +33,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
+        from importlib import import_module
+
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'flover' has no attribute {name!r}")

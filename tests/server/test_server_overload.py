@@ -95,6 +95,20 @@ def test_a_deadline_while_it_runs_keeps_what_there_is(llm: AsyncLLM, stream: boo
     run(llm, test)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_other_answers_are_cut_off_alike(llm: AsyncLLM, path: str) -> None:
+    async def test(service: Steps, app: Any) -> None:
+        prompt = {"input": "And"} if path.endswith("responses") else {"messages": [{"role": "user", "content": "And"}]}
+        late = Client(app, path, {**prompt, "timeout": 0.25, "ignore_eos": True})
+        await late.task
+        answer = json.loads(late.sent)
+        assert late.status == 504, answer
+        assert answer["error"]["code"] == "deadline_exceeded"
+        assert answer["partial"].get("choices") or answer["partial"].get("output")
+
+    run(llm, test)
+
+
 def test_the_server_s_own_limit_is_a_ceiling(llm: AsyncLLM) -> None:
     async def test(service: Steps, app: Any) -> None:
         late = Client(app, "/v1/completions", {**LONG, "timeout": 1000})
