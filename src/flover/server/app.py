@@ -87,6 +87,7 @@ class Generation:
 
     def _decode(self, body: bytes) -> tuple[GenerationRequest, SamplingParams]:
         request = decode(body, self.kind)
+        self.service.ignored.note(request)
         if isinstance(request, EmbeddingRequest):
             return request, ONE_TOKEN
         chat = not isinstance(request, CompletionRequest)

@@ -16,6 +16,7 @@ from flover.server.config import ServerConfig
 from flover.server.errors import ApiError, deadline, draining, engine_dead
 from flover.server.load import Load
 from flover.server.metrics import Metrics
+from flover.server.protocol import Ignored
 from flover.server.tool_parsers import detect
 
 
@@ -51,6 +52,7 @@ class Service:
         self.chat_params = llm.get_default_chat_params()
         tokenizer = llm.engine.tokenizer
         self.tool_format = config.tool_call_parser or detect(tokenizer.chat_template if tokenizer else None)
+        self.ignored = Ignored()
         self.draining = self.stalled = False
         self.dead = asyncio.Event()
         self.death = ""
