@@ -52,6 +52,8 @@ class Service:
         self.chat_params = llm.get_default_chat_params()
         tokenizer = llm.engine.tokenizer
         self.tool_format = config.tool_call_parser or detect(tokenizer.chat_template if tokenizer else None)
+        begin = FORMATS[self.tool_format].begin if self.tool_format else ""
+        self.calls_are_special = tokenizer is not None and tokenizer.is_special(begin)
         self.ignored = Ignored()
         self.draining = self.stalled = False
         self.dead = asyncio.Event()
