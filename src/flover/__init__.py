@@ -16,6 +16,7 @@ _EXPORTS = {
     "EngineConfig": "flover.config",
     "RequestOutput": "flover.request",
     "CompletionOutput": "flover.request",
+    "StructuredOutputsParams": "flover.structured",
 }
 __all__ = sorted(_EXPORTS)
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flover.request import CompletionOutput as CompletionOutput
     from flover.request import RequestOutput as RequestOutput
     from flover.request import SamplingParams as SamplingParams
+    from flover.structured import StructuredOutputsParams as StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:

@@ -91,6 +91,10 @@ class Tokenizer:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def is_special(self, text: str) -> bool:
+        """Whether this is a special token, which decoding may leave out."""
+        return self._backend.token_to_id(text) in self._special
+
     def is_visible(self, token_id: int, skip_special_tokens: bool) -> bool:
         """Whether decode turns it into text at all."""
         if token_id in self._special:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from flover import LLM, AsyncLLM, RequestOutput, SamplingParams
 from flover.engine import grammar, grammar_check
 from flover.engine.batch import BatchPlan, RowMasks, StepResult
+from flover.engine.executor import InlineExecutor, PlanCancelledError, ThreadExecutor
 from flover.layers.sampler import Sampler
 from flover.request import RowSampling
 from flover.structured import StructuredOutputsParams
@@ -305,3 +306,64 @@ def test_masks_move_with_their_rows() -> None:
     logits = torch.zeros(1, 40)
     logits[0, 11] = 1
     assert sampler.sample(logits, torch.tensor([0])).token_ids.tolist() == [11]
+
+
+class Halves:
+    """A runner of two phases that fails where it is told to."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+
+    def execute(self, plan: BatchPlan) -> StepResult:
+        return StepResult(np.array([1]), np.array([True]))
+
+    def launch(self, plan: BatchPlan) -> None:
+        if self.fails == "launch":
+            raise RuntimeError("no launch")
+
+    def sample(self, masks: RowMasks | None) -> StepResult:
+        if self.fails == "sample":
+            raise RuntimeError("no sample")
+        return StepResult(np.array([2]), np.array([True]))
+
+    def warm_up(self, seconds: float) -> None:
+        pass
+
+    def reset(self) -> None:
+        self.fails = ""
+
+
+@pytest.mark.parametrize("make", [lambda runner: InlineExecutor(runner), lambda runner: ThreadExecutor(lambda: runner)])
+@pytest.mark.parametrize("fails", ["", "launch", "sample"])
+def test_a_masked_plan_fails_where_it_is_sampled(make: Any, fails: str) -> None:
+    executor = make(Halves(fails))
+    masked, plain = BatchPlan(0, 0, b"", masked=True), BatchPlan(1, 0, b"")
+    assert executor.submit(masked).exception(timeout=5) is None
+    sampled, later = executor.sample(RowMasks([], b"")), executor.submit(plain)
+    if fails:
+        assert str(sampled.exception(timeout=5)) == f"no {fails}"
+        assert isinstance(later.exception(timeout=5), PlanCancelledError)
+        executor.reset()
+        assert executor.submit(masked).exception(timeout=5) is None
+        sampled, later = executor.sample(RowMasks([], b"")), executor.submit(plain)
+    assert (sampled.result().token_ids.tolist(), later.result().token_ids.tolist()) == ([2], [1])
+    executor.shutdown()
+
+
+def test_a_failed_half_leaves_the_others_running(llm: LLM) -> None:
+    """What the device fails at ends the rows of that step; the next ones, masked or not, are served."""
+    runner: Any = llm.engine.core._executor._runner  # type: ignore[attr-defined]
+    launch, count = runner.launch, iter(range(100))
+
+    def failing(plan: BatchPlan) -> None:
+        if next(count) == 3:
+            raise RuntimeError("cosmic ray")
+        launch(plan)
+
+    runner.launch = failing
+    try:
+        output = one(llm, params("regex", "[a-z]{8}", max_tokens=8))
+    finally:
+        runner.launch = launch
+    assert "cosmic ray" in (output.error or "")
+    assert one(llm, params("choice", ["yes"])).text == "yes"

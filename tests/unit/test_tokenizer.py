@@ -320,3 +320,9 @@ def test_no_template(tmp_path: Path) -> None:
         with_template(tmp_path).apply_chat_template(CHAT)
     with pytest.raises(ValueError, match="must be text, got int"):
         with_template(tmp_path, chat_template=3)
+
+
+def test_special_texts() -> None:
+    assert TOKENIZER.is_special("<|endoftext|>")
+    assert not TOKENIZER.is_special("the")
+    assert not TOKENIZER.is_special("<tool_call>")

@@ -124,10 +124,9 @@ class InlineExecutor:
         future: Future[StepResult] = Future()
         try:
             result = phase(data)
-            if isinstance(result, StepResult):
-                future.set_result(result)
-            elif result is not None:
+            if result is not None and not isinstance(result, StepResult):
                 return _Launched(result)
+            future.set_result(result)  # type: ignore[arg-type]  # None: of a masked plan, nobody looks at it
         except Exception as error:
             future.set_exception(error)
         return future

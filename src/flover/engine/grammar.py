@@ -138,7 +138,7 @@ class Grammars:
             request = step.rows[row]
             try:
                 request.matcher.mask_into(request.token_ids, request.num_prompt_tokens, mask)
-            except ValueError as error:
+            except Exception as error:  # whatever it is, the other rows go on
                 failed.append((request, f"{GRAMMAR_FAILED}{error}"))
         return RowMasks(rows, bits.tobytes()), failed
 

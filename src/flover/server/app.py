@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -91,10 +92,14 @@ class Generation:
 
     def _decode(self, body: bytes) -> tuple[GenerationRequest, SamplingParams]:
         request = decode(body, self.kind)
+        self.service.ignored.note(request)
         if isinstance(request, EmbeddingRequest):
             return request, ONE_TOKEN
         chat = not isinstance(request, CompletionRequest)
-        return request, request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
+        params = request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
+        if chat and self.service.calls_are_special and getattr(request, "given_tools", None):
+            params = replace(params, skip_special_tokens=False)  # else the text would not show where calls begin
+        return request, params
 
     async def _answer(
         self, request: GenerationRequest, params: SamplingParams, scope: Scope, receive: Receive, send: Send

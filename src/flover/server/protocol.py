@@ -1,11 +1,12 @@
 """What clients send: the requests of the OpenAI API, with vLLM's extra sampling fields at top level.
 
 Types are checked here, and ranges by `SamplingParams`. Every error is a 400 that names the parameter and the value.
-Fields that are not known are ignored; those that ask for what is not there yet are refused.
+Fields that are not known are ignored and logged once; those that ask for what is not there yet are refused.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -19,6 +20,8 @@ from flover.structured import StructuredOutputsParams
 MAX_LOGPROBS = 20
 MAX_ROWS = 1024  # choices of one request, over all its prompts
 MAX_ENTRIES = 1 << 20  # of a list, times the rows
+MAX_TOLD = 256  # names of ignored fields
+logger = logging.getLogger("flover")
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's older names
 MAX_SECONDS = 1e6
 NOTHING: tuple[Any, ...] = (None, [], {}, "")
@@ -44,6 +47,19 @@ class Body(BaseModel):
             value = (self.model_extra or {}).get(name)
             if not any(value == one and type(value) is type(one) for one in idle):
                 raise invalid(f"{name} is not supported, got {show(value)}", name)
+
+
+class Ignored:
+    """Fields that nobody here knows, told once each: most are other servers', some are spelling mistakes."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def note(self, body: Body) -> None:
+        new = [name for name in body.model_extra or () if name not in self._told and name not in NOT_YET]
+        if new and len(self._told) < MAX_TOLD:
+            self._told.update(new)
+            logger.warning("fields of a request are ignored: %s", ", ".join(show(name) for name in new[:20]))
 
 
 class StreamOptions(BaseModel):

@@ -17,6 +17,7 @@ from flover.server.errors import ApiError, deadline, draining, engine_dead
 from flover.server.live import Live
 from flover.server.load import Load
 from flover.server.metrics import Metrics
+from flover.server.protocol import Ignored
 from flover.server.tool_parsers import detect
 
 
@@ -52,6 +53,9 @@ class Service:
         self.chat_params = llm.get_default_chat_params()
         tokenizer = llm.engine.tokenizer
         self.tool_format = config.tool_call_parser or detect(tokenizer.chat_template if tokenizer else None)
+        begin = FORMATS[self.tool_format].begin if self.tool_format else ""
+        self.calls_are_special = tokenizer is not None and tokenizer.is_special(begin)
+        self.ignored = Ignored()
         self.draining = self.stalled = False
         self.live = Live(llm.watch, self.load)
         self.dead = asyncio.Event()

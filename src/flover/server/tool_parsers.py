@@ -110,19 +110,17 @@ class Format:
         begin: what comes before the first call; "": the text begins with it.
         end: what comes after a call; "": calls follow each other until the text ends.
         between: characters that may stand between calls.
-        special: whether `begin` is a special token, which the text must then keep.
     """
 
     begin: str
     end: str
     between: str = SPACE
-    special: bool = False
 
 
 FORMATS = {
     "hermes": Format("<tool_call>", "</tool_call>"),
     "llama3_json": Format("", "", SPACE + ";,"),
-    "mistral": Format("[TOOL_CALLS]", "", SPACE + "[],", special=True),
+    "mistral": Format("[TOOL_CALLS]", "", SPACE + "[],"),
 }
 REQUIRED = Format("", "", SPACE + "[],")  # what `tool_choice: "required"` makes the model write
 

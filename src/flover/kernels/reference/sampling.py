@@ -202,8 +202,8 @@ def filter_logits(
 
 def mask_by_bits(scores: Tensor, bits: Tensor) -> Tensor:
     """Mask, in place, the tokens whose bit is 0. bits: [rows, ceil(vocab / 32)] int32, the lowest bit first."""
-    places = torch.arange(32, dtype=torch.int32, device=bits.device)
-    allowed = (bits[:, :, None] >> places) & 1
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    allowed = (bits.view(torch.uint8)[:, :, None] >> places) & 1  # by bytes: a quarter of the memory
     return scores.masked_fill_(allowed.flatten(1)[:, : scores.shape[1]] == 0, -math.inf)
 
 
