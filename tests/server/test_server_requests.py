@@ -143,7 +143,8 @@ def test_keys_guard_every_route(llm: AsyncLLM) -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             paths = [(method, route.path) for route in routes(service) for method in sorted(route.methods or ())]
             assert len(paths) > 12
-            for path in ("/nothing", "/page/", "/page/../metrics", "/page/nothing.js", "//livez", "/livez/", "/v1/../livez", "/livez/../v1/models", "/LIVEZ", ""):
+            unknown = ("/nothing", "/page/", "/page/../metrics", "/page/nothing.js", "//livez", "/livez/", "/LIVEZ", "")
+            for path in (*unknown, "/v1/../livez", "/livez/../v1/models"):
                 trick = Client(app, path, {})  # as it is, which no client library would send
                 await trick.task
                 assert trick.status == 401, path

@@ -18,7 +18,7 @@ from flover.server.live import Live
 from flover.server.load import Load
 from flover.server.metrics import Metrics
 from flover.server.protocol import Ignored
-from flover.server.tool_parsers import detect
+from flover.server.tool_parsers import FORMATS, detect
 
 
 @dataclass(frozen=True, slots=True)
