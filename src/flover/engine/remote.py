@@ -45,12 +45,17 @@ class EngineDeadError(RuntimeError):
 def _memory_settings(config: EngineConfig) -> dict[str, str]:
     """Environment that bounds what a CPU engine keeps for step shapes that may never come again.
 
-    oneDNN keeps 1,024 compiled products with buffers of their own: hundreds of MB, after some time of ever new shapes.
-    In fp32 making them anew costs nothing measurable; in 16 bits 0.1 ms each, so the shapes of a step or two are kept.
+    torch (LRU_CACHE_CAPACITY) and oneDNN keep 1,024 compiled products each, with buffers of their own: hundreds of MB,
+    after some time of ever new shapes. In fp32 making them anew costs nothing measurable; in 16 bits 0.1 ms each, so
+    oneDNN keeps the shapes of a step or two.
     And glibc, once a large block has been freed, takes others of its size from a heap that they fragment.
     """
     kept = "16" if config.dtype in ("bfloat16", "float16") else "0"
-    return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    return {
+        "LRU_CACHE_CAPACITY": "8",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept,
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+    }
 
 
 def ending(code: int) -> str:
