@@ -106,7 +106,7 @@ async def cancels(server: Server, count: int = 1000) -> dict[str, Any]:
     async def one() -> None:
         async with gate:
             body = {**BODY, "max_tokens": 400, "n": chance.randint(1, 3), "stream": chance.random() < 0.5}
-            await request(server.port, "/v1/completions", body, leave=0.3 * chance.random())
+            await request(server.port, "/v1/completions", body, leave=0.05 + chance.random())
 
     await asyncio.gather(*(one() for _ in range(count)))
     await asyncio.sleep(1)
