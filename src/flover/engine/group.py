@@ -57,6 +57,7 @@ class GroupExecutor:
 
     def __init__(self, ranks: Ranks, local: LocalExecutor, max_rows: int, leave: Callable[[], None]) -> None:
         self._ranks, self._local, self._leave = ranks, local, leave
+        ranks.serving = True
         self._digest = RowDigest(max_rows)
         self._sequence = 0
         self._last: _Watched | None = None
