@@ -84,6 +84,10 @@ class GroupExecutor:
         self._last = _Watched(step, self._ranks)
         return self._last
 
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call it once a rank is lost, also while no step runs that would say so."""
+        self._ranks.when_lost = call
+
     def warm_up(self, seconds: float) -> None:
         """See the runner's; ranks agree on when the time is over."""
         self._ranks.broadcast(WarmUp(seconds))

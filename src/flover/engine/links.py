@@ -68,6 +68,7 @@ class Ranks:
         self._failed = threading.Event()
         self.failure = ""
         self.serving = False  # all have loaded
+        self.when_lost: Callable[[], None] = lambda: None  # called once the group is dead, on any thread
         self._closing = False
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="flover-ranks")
         self._watcher.start()
@@ -133,6 +134,7 @@ class Ranks:
         self.failure = f"{why}; the group has ended with it"
         self._failed.set()
         self._kill()
+        self.when_lost()
 
     def _kill(self) -> None:
         for link in self._links:
