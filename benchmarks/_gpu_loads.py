@@ -10,6 +10,7 @@ from typing import Any
 
 from _gpu_engine import Bench, Engine
 
+from flover.bench.records import Run
 from flover.bench.workload import Lognormal, make_jobs
 from flover.bench.workload import poisson as arrivals
 from flover.config import CHOICES
@@ -62,6 +63,23 @@ def poisson(bench: Bench, rates: Sequence[int], most: int = 150, **settings: Any
     return rows
 
 
+def time_by_step(run: Run) -> list[dict[str, Any]]:
+    """Where a load's time went: steps with prefill, and decode steps by rows, from one step's end to the next's."""
+    kinds: dict[str, dict[str, Any]] = {}
+    last = 0.0
+    for stats in run.steps:
+        rows = stats.num_decode_tokens
+        most = next((b for b in (64, 128, 256, 384, 512) if rows <= b), rows)
+        name = "with prefill" if stats.num_prefill_tokens else f"decode, up to {most} rows"
+        kind = kinds.setdefault(name, {"steps": 0, "seconds": 0.0, "prefill_tokens": 0, "decode_tokens": 0})
+        kind["steps"] += 1
+        kind["seconds"] += stats.end - last
+        kind["prefill_tokens"] += stats.num_prefill_tokens
+        kind["decode_tokens"] += rows
+        last = stats.end
+    return [{"kind": name, **kind, "seconds": round(kind["seconds"], 3)} for name, kind in kinds.items()]
+
+
 def throughput(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """All requests at once: output tokens/s beside the bound of the whole trace."""
     run = engine.run(lengths)
@@ -76,6 +94,7 @@ def throughput(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, 
         "share_of_bound": round(bound / seconds, 3),
         "output_tokens_per_s": round(outputs / seconds),
         "preemptions": sum(record.num_preemptions for record in run.records),
+        "time_by_step": time_by_step(run),
     }
 
 
