@@ -29,6 +29,7 @@ class StructuredOutputsParams:
         grammar: in Lark's syntax, or GBNF; begins at `start` or `root`.
         json_object: any JSON object.
         disable_any_whitespace: JSON without whitespace between its tokens.
+        whitespace_pattern: a regex for that whitespace; None: a space, or a line break with its indent.
 
     Raises:
         ValueError: naming the field, the value and what would work.
@@ -40,13 +41,14 @@ class StructuredOutputsParams:
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             what = f"{' and '.join(given)} were given" if given else "nothing was given"
             raise ValueError(f"structured_outputs takes one of {', '.join(KINDS)}; {what}")
-        for name in ("regex", "grammar"):
+        for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name} must be a non-empty text, got {show(value)}")
@@ -84,7 +86,9 @@ class StructuredOutputsParams:
         if self.grammar is not None:
             return {"lark_grammar": _lark(self.grammar)}
         schema = {"type": "object"} if self.json is None else self.json
-        spacing = {"whitespace_flexible": False} if self.disable_any_whitespace else {"whitespace_pattern": WHITESPACE}
+        spacing: dict[str, Any] = {"whitespace_pattern": self.whitespace_pattern or WHITESPACE}
+        if self.disable_any_whitespace:
+            spacing = {"whitespace_flexible": False}
         assert isinstance(schema, Mapping)
         return {"json_schema": {**schema, "x-guidance": spacing}}
 

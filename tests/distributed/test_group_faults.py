@@ -117,6 +117,18 @@ def test_a_server_says_so_and_ends(tmp_path: Path) -> None:
     assert all("was killed by SIGKILL" in (error or "") for error in asyncio.run(serve()))
 
 
+@pytest.mark.slow
+def test_an_idle_engine_ends_with_a_rank() -> None:
+    """So that whoever keeps it running starts another before a request meets it."""
+    llm = AsyncLLM(device="cpu", max_model_len=512, tensor_parallel_size=2)
+    engine = psutil.Process(llm._core._process.pid)  # type: ignore[attr-defined]
+    [rank] = engine.children()
+    rank.kill()
+    psutil.wait_procs([engine], timeout=LIMIT)
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+    llm.shutdown()
+
+
 def test_ranks_end_with_rank_0() -> None:
     """Killed without a chance to say so; a rank that is stopped goes too."""
     code = (

@@ -125,6 +125,14 @@ def test_regex_choice_and_grammar(llm: LLM, regex: str) -> None:
     assert one(llm, params("json_object", True, seed=3, max_tokens=9)).text.startswith("{")
 
 
+def test_whitespace_is_as_asked(llm: LLM) -> None:
+    spaced = StructuredOutputsParams(json=SCHEMAS[5], whitespace_pattern=" ")
+    text = one(llm, SamplingParams(structured_outputs=spaced, max_tokens=80, seed=2)).text
+    assert re.fullmatch(r'\{ "name": ".*", "n": \d+ \}', text), text
+    with pytest.raises(ValueError, match="cannot be compiled"):
+        one(llm, SamplingParams(structured_outputs={"json": {}, "whitespace_pattern": "[a-"}))  # type: ignore[arg-type]
+
+
 def test_choices_of_a_prompt_have_states_of_their_own(llm: LLM) -> None:
     outputs = llm.generate("And", params("json", SCHEMAS[5], n=6, temperature=2.0, seed=4))[0].outputs
     for output in outputs:

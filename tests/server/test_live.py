@@ -94,6 +94,24 @@ def test_draining_ends_the_stream(llm: AsyncLLM) -> None:
     run(llm, test)
 
 
+def test_an_engine_that_is_started_again_is_watched_too(llm: AsyncLLM) -> None:
+    async def test(service: Any, app: Any) -> None:
+        watcher = Client(app, "/live", {}, method="GET")
+        await until(lambda: watcher.sent)
+        llm.attach()
+        llm.engine.core.kill()
+        await until(service.dead.is_set)
+        await until(lambda: b'"engine dead"' in watcher.sent)
+        await llm.restart()
+        service.revived()
+        await Client(app, "/v1/completions", {"prompt": "And", "max_tokens": 6, "ignore_eos": True}).task
+        await until(lambda: b'"rows":[0]' in watcher.sent)
+        watcher.gone.set()
+        await watcher.task
+
+    run(llm, test)
+
+
 def test_watchers_are_few_and_hold_little() -> None:
     told: list[bool] = []
     live = Live(told.append, Load(4, 1, 1))

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from flover.engine.batch import BatchPlan, RowMasks, StepResult
 from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.executor import InlineExecutor, ThreadExecutor
 from flover.engine.grammar import Grammars, Vocabulary
+from flover.engine.group import GroupExecutor
 from flover.engine.join import form_group, use_threads
 from flover.engine.launch import ranks_here
 from flover.engine.links import GroupDeadError
@@ -307,6 +309,11 @@ class EngineCore:
         self.scheduler.rewind(failed, str(error))
         self.scheduler.fail_all(str(error))
         return StepOutput(finished=self.scheduler.drain_finished(), stats=failed.stats)
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call it, from another thread, once a rank of this core's group is lost, also while nothing runs."""
+        if isinstance(self._executor, GroupExecutor):
+            self._executor.when_lost(call)
 
     def shutdown(self) -> None:
         """Stop the executor; in-flight work is dropped."""

@@ -57,6 +57,7 @@ class GroupExecutor:
 
     def __init__(self, ranks: Ranks, local: LocalExecutor, max_rows: int, leave: Callable[[], None]) -> None:
         self._ranks, self._local, self._leave = ranks, local, leave
+        ranks.serving = True
         self._digest = RowDigest(max_rows)
         self._sequence = 0
         self._last: _Watched | None = None
@@ -82,6 +83,10 @@ class GroupExecutor:
     def _watched(self, step: Future[StepResult]) -> Future[StepResult]:
         self._last = _Watched(step, self._ranks)
         return self._last
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call it once a rank is lost, also while no step runs that would say so."""
+        self._ranks.when_lost = call
 
     def warm_up(self, seconds: float) -> None:
         """See the runner's; ranks agree on when the time is over."""

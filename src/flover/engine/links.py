@@ -26,6 +26,7 @@ from flover.engine.wire import Alive, Connection, FromRank, Hello, Stop, Trouble
 
 JOIN_SECONDS = 50.0  # for a process to start and import torch
 SILENCE = 3.5  # seconds
+LOADING_SILENCE = 20.0  # while compilers may keep a process from saying anything
 SEND_SECONDS = 3.0
 TICK = 0.2
 T = TypeVar("T")
@@ -66,6 +67,8 @@ class Ranks:
         self._links = links
         self._failed = threading.Event()
         self.failure = ""
+        self.serving = False  # all have loaded
+        self.when_lost: Callable[[], None] = lambda: None  # called once the group is dead, on any thread
         self._closing = False
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="flover-ranks")
         self._watcher.start()
@@ -131,6 +134,7 @@ class Ranks:
         self.failure = f"{why}; the group has ended with it"
         self._failed.set()
         self._kill()
+        self.when_lost()
 
     def _kill(self) -> None:
         for link in self._links:
@@ -146,9 +150,10 @@ class Ranks:
                 for key, _ in selector.select(TICK):
                     self._read(key.data)
                 now = time.monotonic()
+                limit = SILENCE if self.serving else LOADING_SILENCE
                 for link in self._links:
-                    if link.heard is not None and now - link.heard > SILENCE:
-                        self.fail(f"{link} has not been heard of for {SILENCE} s")
+                    if link.heard is not None and now - link.heard > limit:
+                        self.fail(f"{link} has not been heard of for {limit} s")
 
     def _read(self, link: Link) -> None:
         try:

@@ -32,6 +32,7 @@ from flover.engine.wire import (
 from flover.lifeline import end_soon, end_with_parent
 from flover.request import FinishReason
 
+LOST = object()  # in the inbox: a rank of the group is gone
 logger = logging.getLogger("flover")
 
 
@@ -41,18 +42,22 @@ class EngineProcess:
     def __init__(self, core: EngineCore, connection: Connection, inbox: SimpleQueue[Any]) -> None:
         self._core, self._connection, self._inbox = core, connection, inbox
 
-    def run(self) -> None:
-        """Until the front goes."""
+    def run(self) -> int:
+        """Until the front goes, or a rank of the group is lost; -> exit code."""
         core = self._core
+        core.when_lost(lambda: self._inbox.put(LOST))
         while True:
             while not self._inbox.empty() or not core.has_unfinished():
                 message = self._inbox.get()
                 if message is None:
-                    return
-                self._take(message)
+                    return 0
+                if message is not LOST:
+                    self._take(message)
+                elif not core.has_unfinished():  # else the next step says it to every request
+                    return 1
             self._report(core.step())
             if core.dead is not None:  # every request has ended with the error; who starts an engine again, does
-                return
+                return 1
 
     def _report(self, output: StepOutput) -> None:
         kv = self._core.scheduler.kv
@@ -123,10 +128,11 @@ def main(fd: int, parent: int) -> int:
         return 1
     times = core.startup_times
     connection.send(Ready(str(core.folder), core.resolved, times.seconds, times.nbytes))
+    code = 0
     with suppress(OSError):  # the front is gone
-        EngineProcess(core, connection, inbox).run()
+        code = EngineProcess(core, connection, inbox).run()
     core.shutdown()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

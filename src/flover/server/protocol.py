@@ -226,7 +226,7 @@ class ChatCompletionRequest(GenerationRequest):
         if wanted is not None:
             raise invalid("tool_choice asks for a call, which excludes another format of the text", "tool_choice")
         try:
-            return StructuredOutputsParams(json=called)
+            return StructuredOutputsParams(json=called, whitespace_pattern=" ?")  # as models write calls
         except ValueError as error:
             raise invalid(f"tools: {error}", "tools") from None
 

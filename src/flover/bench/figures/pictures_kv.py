@@ -69,15 +69,12 @@ def _gains(axes: Any, moved: list[Data], theirs: dict[str, float]) -> None:
 def draw_tp(data: Data) -> Figure:
     rows = [row for row in data["rows"] if row["mode"] == "move"]
     figure, axes = panels(1, "Reordering by tensor-parallel ranks: here, and in the paper")
-    labels = [
-        f"here, {row['ranks']} rank{'s' * (row['ranks'] > 1)}\n{row['requests']} requests\nup to {row['upper']}"
-        for row in rows
-    ]
+    labels = [f"here\n{_ranks(row['ranks'])}\n{row['requests']} requests\nup to {row['upper']}" for row in rows]
     values, colors = [row["gain"] for row in rows], [BLUE] * len(rows)
     for name, gain in data["paper"].items():
         ranks, rest = name.removesuffix(": gain").split(", ")
         words = rest.replace("length ", "up to ").replace(" by requests", "").split()
-        labels.append("\n".join(["paper, " + ranks, *_chunks(words)]))
+        labels.append("\n".join(["paper", ranks, *_chunks(words)]))
         values.append(gain)
         colors.append("#cccccc")
     bars = axes[0].bar(range(len(values)), values, 0.7, color=colors)
@@ -86,6 +83,10 @@ def draw_tp(data: Data) -> Figure:
     axes[0].axhline(1, color="#999999", linewidth=0.8)
     axes[0].set_ylabel("seconds with off over seconds with move")
     return figure
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def _chunks(words: list[str]) -> list[str]:
