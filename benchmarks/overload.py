@@ -128,22 +128,20 @@ async def body(server: Server) -> dict[str, Any]:
     waits: list[float] = []
     statuses: Counter[int] = Counter()
 
-    async def alive() -> None:
+    def alive() -> None:
+        """On a thread: this process's own event loop is busy with the bodies."""
         while not big.done():
             begin = time.monotonic()
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            assert (await reader.readline()).split()[1] == b"200"
+            assert server.get("/livez")
             waits.append(time.monotonic() - begin)
-            writer.close()
-            await asyncio.sleep(0.005)
+            time.sleep(0.005)
 
     async def send() -> None:
         for _ in range(20):
             statuses[(await request(server.port, "/v1/completions", data)).status] += 1
 
     big = asyncio.create_task(send())
-    await asyncio.gather(big, alive())
+    await asyncio.gather(big, asyncio.to_thread(alive))
     return {
         "bytes": len(data),
         "answers": dict(statuses),
