@@ -185,6 +185,8 @@ class EngineConfig:
         kv_layout: "paged" (blocks, prefix reuse) or "slab" (the paper's contiguous buffer).
         reorder: slab only: "off" (dead rows compute until an edge frees), "move" (compaction), "indirect" (no copies).
         tensor_parallel_size: ranks that compute the model together, each with a part of every layer and of the cache.
+        pipeline_parallel_size: stages, each of some of the layers and of tensor_parallel_size ranks, for links that are
+            too slow for tensor parallelism. On a CPU only so far.
         num_kv_blocks: paged cache size in blocks of block_size; kv_cache_memory_bytes: in bytes. Give at most one.
         gpu_memory_utilization: share of the memory free on the GPU that weights, steps and cache may take together.
         batch_invariant: every logit bit-equal alone and fused, at the price of padding.
@@ -229,6 +231,7 @@ class EngineConfig:
     load_format: str = "auto"
     quantization: str = "none"
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     num_threads: int | None = None
     record_timeline: bool = False
     debug_poison: bool = False
@@ -266,6 +269,11 @@ class EngineConfig:
             raise ValueError("give num_kv_blocks or kv_cache_memory_bytes, not both")
         if self.num_kv_blocks is not None and self.kv_layout == "slab":
             raise ValueError("num_kv_blocks is for kv_layout='paged'; a slab is sized by max_num_seqs x max_model_len")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all stages."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 @dataclass(frozen=True, slots=True)

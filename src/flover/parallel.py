@@ -19,18 +19,74 @@ from torch import Tensor
 TIMEOUT = timedelta(seconds=300)
 
 
+class Pipe:
+    """A rank's place among the stages of a pipeline, and its connections to the others.
+
+    Args:
+        stage: the first one embeds, the last one has the head, and samples.
+        backend: of torch.distributed, in which a stage's number counts from the last one: the last is rank 0.
+    """
+
+    def __init__(self, stage: int = 0, stages: int = 1, backend: Any = None) -> None:
+        self.stage, self.stages, self._backend = stage, stages, backend
+        self._sent: list[tuple[Any, Tensor]] = []  # on their way
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    def _number(self, stage: int) -> int:
+        return self.stages - 1 - stage
+
+    def send(self, x: Tensor) -> None:
+        """To the next stage; returns at once, so that this one can go on."""
+        x = x.contiguous()
+        self._sent.append((self._backend.send([x], self._number(self.stage + 1), 0), x))
+
+    def receive(self, like: Tensor) -> Tensor:
+        """From the stage before, in the shape and type of `like`."""
+        x = torch.empty_like(like)
+        self._backend.recv([x], self._number(self.stage - 1), 0).wait()
+        return x
+
+    def flush(self) -> None:
+        """Wait until what was sent has gone."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+    def share(self, tokens: Tensor) -> Tensor:
+        """The tokens that the last stage drew, on every stage; `tokens` may be overwritten."""
+        if self.stages > 1:
+            self._backend.broadcast([tokens], dist.BroadcastOptions()).wait()
+        return tokens
+
+    def close(self) -> None:
+        """Leave; its connections close with the last reference."""
+        self._backend = None
+        self._sent.clear()
+
+
+WHOLE = Pipe()
+
+
 @dataclass(slots=True)
 class Group:
     """Rank and size; by itself a group of shapes: what a rank computes can be measured without the others.
 
     ordered: sums do not depend on the backend's order: parts are gathered and added by rank (batch_invariant).
-    capturable: its collectives can be part of a CUDA graph.
+    capturable: its collectives can be part of a CUDA graph. pipe: the stage that this group computes.
     """
 
     rank: int = 0
     size: int = 1
     ordered: bool = False
     capturable: bool = True
+    pipe: Pipe = WHOLE
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks; x may be overwritten."""
@@ -56,6 +112,7 @@ class Group:
 
     def close(self) -> None:
         """Leave; collectives that are under way fail, where the backend can do that."""
+        self.pipe.close()
 
 
 ALONE = Group()
@@ -104,6 +161,7 @@ class ProcessGroup(Group):
     def close(self) -> None:
         with suppress(Exception):  # what is broken need not be left in order
             self._backend.abort()
+        Group.close(self)
         self._backend = None  # with the last reference its connections close
 
 
@@ -116,18 +174,27 @@ def connect(store: Any, rank: int, size: int, device: torch.device, address: str
         address: of this machine, as the others reach it.
     """
     if size == 1:
-        return ALONE
+        return Group(ordered=ordered)
     if device.type == "cuda" and _own_device(store, rank, size, device):
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = TIMEOUT
         backend: Any = dist.ProcessGroupNCCL(store, rank, size, options)
     else:
-        gloo: Any = dist.ProcessGroupGloo
-        options = gloo._Options()
-        options._timeout = TIMEOUT
-        options._devices = [gloo.create_device(hostname=address)]
-        backend = gloo(store, rank, size, options)
+        backend = _gloo(store, rank, size, address)
     return ProcessGroup(rank, size, backend, ordered)
+
+
+def connect_stages(store: Any, stage: int, stages: int, address: str) -> Pipe:
+    """Meet the ranks of the same place in the other stages."""
+    return WHOLE if stages == 1 else Pipe(stage, stages, _gloo(store, stages - 1 - stage, stages, address))
+
+
+def _gloo(store: Any, rank: int, size: int, address: str) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = TIMEOUT
+    options._devices = [gloo.create_device(hostname=address)]
+    return gloo(store, rank, size, options)
 
 
 def _own_device(store: Any, rank: int, size: int, device: torch.device) -> bool:

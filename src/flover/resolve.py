@@ -45,6 +45,18 @@ def kv_dtype(config: EngineConfig, dtype: str) -> str:
     return FP8 if config.kv_cache_dtype == "fp8" else dtype
 
 
+def of_a_stage(config: EngineConfig, model: ModelConfig) -> ModelConfig:
+    """The model with as many layers as the largest stage has.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    stages = config.pipeline_parallel_size
+    if stages > model.num_layers:
+        raise ValueError(f"pipeline_parallel_size={stages} is more than the model's {model.num_layers} layers")
+    return replace(model, num_layers=-(-model.num_layers // stages))
+
+
 def kv_bytes_per_token(model: ModelConfig, dtype: str, ranks: int = 1) -> int:
     """K and V of one token in all layers, in a rank's cache of `dtype`."""
     elements = model.kv_elements_per_token // model.num_kv_heads * local_kv_heads(model, ranks)
@@ -84,7 +96,9 @@ def resolve(
     check_ranks(model, config.tensor_parallel_size)
     if config.tensor_parallel_size > 1 and device == "cuda" and config.prefill_mode == "overlap":
         raise ValueError("prefill_mode='overlap' with tensor_parallel_size above 1: ranks cannot talk on two streams")
-    token_bytes = kv_bytes_per_token(model, cache_dtype, config.tensor_parallel_size)
+    if config.pipeline_parallel_size > 1 and device == "cuda":
+        raise ValueError("pipeline_parallel_size above 1 works with device='cpu' only; tensor_parallel_size on GPUs")
+    token_bytes = kv_bytes_per_token(of_a_stage(config, model), cache_dtype, config.tensor_parallel_size)
     share = memory_share(config, device)
     free = int(hardware.free_bytes * share) - weights - step
     if free <= 0:

@@ -52,6 +52,13 @@ def local_kv_heads(model: ModelConfig, ranks: int) -> int:
     return max(model.num_kv_heads // ranks, 1)
 
 
+def stage_layers(num_layers: int, stage: int, stages: int) -> Range:
+    """The layers of a pipeline's stage; the first stages have one more, since the last one also has the head."""
+    each, more = divmod(num_layers, stages)
+    begin = stage * each + min(stage, more)
+    return begin, begin + each + (stage < more)
+
+
 def vocab_width(vocab_size: int, ranks: int) -> int:
     """Ids of a rank: all have as many, the last of them fewer real ones."""
     if ranks == 1:

@@ -282,7 +282,7 @@ def test_what_the_environment_says() -> None:
 def test_ranks_started_and_ranks_wanted_must_be_as_many(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2, but 3 ranks were started"):
+    with pytest.raises(ValueError, match="the settings are for 2 ranks, but 3 were started"):
         echo_core(echo, tensor_parallel_size=2)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 PORT = "29500"  # free in a namespace of our own
 PROMPTS = ["In the beginning", "And Moses said unto the people", "Blessed are"]
-GENERATE = ["generate", "--device", "cpu", "--max-model-len", "256", "--temperature", "0", "-n", "16", "-tp", "2"]
+GENERATE = ["generate", "--device", "cpu", "--max-model-len", "256", "--temperature", "0", "-n", "16"]
 SERVE_RANK_0 = "from flover.engine import launch, rank; raise SystemExit(rank.join(launch.launched()))"
 LONG_RUN = """
 import sys, time
@@ -117,16 +117,17 @@ def tokens(path: Path) -> list[list[int]]:
     return [choice["token_ids"] for row in sorted(rows, key=lambda row: row["index"]) for choice in row["outputs"]]
 
 
-def test_the_same_tokens_across_machines(machines: Machines, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["-tp", "-pp"])
+def test_the_same_tokens_across_machines(kind: str, machines: Machines, tmp_path: Path) -> None:
     """Also over a slow link, where the kernel can delay one."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     alone, across = tmp_path / "alone.jsonl", tmp_path / "across.jsonl"
-    here = [*GENERATE[:-2], "--input", str(prompts), "--output", str(alone)]
+    here = [*GENERATE, "--input", str(prompts), "--output", str(alone)]
     subprocess.run([sys.executable, "-m", "flover", *here], check=True, capture_output=True)
     delay = ["tc", "-n", machines.names[0], "qdisc", "add", "dev", "eth", "root", "netem", "delay", "2ms"]
     delayed = shutil.which("tc") is not None and subprocess.run(delay, capture_output=True).returncode == 0
-    there = [*GENERATE, "--input", str(prompts), "--output", str(across)]
+    there = [*GENERATE, kind, "2", "--input", str(prompts), "--output", str(across)]
     processes = [machines.torchrun(machine, there) for machine in range(2)]
     for code, _, error in finish(processes, 120):
         assert code == 0, error
@@ -151,7 +152,7 @@ def test_a_cut_ends_every_request(machines: Machines) -> None:
 
 @pytest.mark.slow
 def test_ranks_with_different_commands_are_refused(machines: Machines) -> None:
-    ours, theirs = [*GENERATE, "x"], [*GENERATE, "y"]
+    ours, theirs = ([*GENERATE, "-tp", "2", prompt] for prompt in "xy")
     results = finish([machines.torchrun(0, ours), machines.torchrun(1, theirs)], 60)
     assert results[0][0] != 0
     assert "rank 1 has another command" in results[0][2]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from flover.config import EngineConfig, ResolvedConfig, human
 from flover.engine.engine import settle, survey
-from flover.resolve import effective_dtype, kv_bytes_per_token, kv_dtype
+from flover.resolve import effective_dtype, kv_bytes_per_token, kv_dtype, of_a_stage
 
 LENGTHS = tuple(1 << n for n in range(7, 21))
 
@@ -21,7 +21,7 @@ def run_plan(options: Mapping[str, Any]) -> int:
     folder, model, hardware, weights = survey(config)
     dtype = effective_dtype(config, model, hardware.device)
     cache_dtype = kv_dtype(config, dtype)
-    token_bytes = kv_bytes_per_token(model, cache_dtype)
+    token_bytes = kv_bytes_per_token(of_a_stage(config, model), cache_dtype, config.tensor_parallel_size)
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("model", f"{folder} ({model.architecture})")

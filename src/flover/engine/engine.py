@@ -40,7 +40,7 @@ from flover.models.loader import resolve_model, weight_bytes
 from flover.models.registry import model_class
 from flover.parallel import ALONE, Group
 from flover.request import FinishReason, Request
-from flover.resolve import effective_dtype, resolve
+from flover.resolve import effective_dtype, of_a_stage, resolve
 from flover.sharding import check_ranks
 from flover.startup import StartupTimes, process_age
 
@@ -79,7 +79,7 @@ def _share(hardware: Hardware, ranks: int) -> Hardware:
     if hardware.device == "cpu":
         return hardware._replace(free_bytes=hardware.free_bytes // here)
     if here > (have := torch.cuda.device_count()):
-        raise ValueError(f"tensor_parallel_size={ranks} needs {here} GPUs on this machine, it has {have}")
+        raise ValueError(f"{ranks} ranks need {here} GPUs on this machine, it has {have}")
     return hardware
 
 
@@ -133,7 +133,7 @@ def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> 
         make = partial(make_runner, config, folder, times, group=group)
         return InlineExecutor(make()) if _on_triton(config) else ThreadExecutor(make)
 
-    return local(ALONE) if config.engine.tensor_parallel_size == 1 else form_group(config, folder, local)
+    return local(ALONE) if config.engine.num_ranks == 1 else form_group(config, folder, local)
 
 
 def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Path, ModelConfig, Hardware, int]:
@@ -156,14 +156,14 @@ def survey(config: EngineConfig, times: StartupTimes | None = None) -> tuple[Pat
         if hardware.device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
             raise ValueError("this GPU is too old for bfloat16 (compute capability below 8.0); dtype='float16' works")
         kind, group = config.quantization, Group(0, config.tensor_parallel_size)
-        if group.size > 1:
+        if config.num_ranks > 1:
             check_ranks(model, group.size)
-            hardware = _share(hardware, group.size)
+            hardware = _share(hardware, config.num_ranks)
         fp8 = "fp8" in (kind[:3], config.kv_cache_dtype)
         if hardware.device == "cuda" and fp8 and torch.cuda.get_device_capability() < (8, 9):
             instead = f"quantization={kind.replace('fp8', 'int8')!r}, kv_cache_dtype='auto'"
             raise ValueError(f"this GPU is too old for fp8 (compute capability below 8.9); {instead} works")
-        return folder, model, hardware, weight_bytes(folder, model, dtype, kind, group)
+        return folder, model, hardware, weight_bytes(folder, of_a_stage(config, model), dtype, kind, group)
 
 
 def settle(

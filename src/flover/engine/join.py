@@ -24,7 +24,7 @@ from flover.engine.group import GroupExecutor, LocalExecutor
 from flover.engine.launch import COMMAND, Launch, launched, ranks_here
 from flover.engine.links import JOIN_SECONDS, TICK, GroupDeadError, Ranks, await_ranks, start_ranks
 from flover.engine.wire import Described, Go, Hello, Loaded, Setup
-from flover.parallel import Group, connect
+from flover.parallel import Group, connect, connect_stages
 
 SAMPLE = 256  # bytes at the beginning, in the middle and at the end of each tensor
 T = TypeVar("T")
@@ -74,9 +74,9 @@ def use_threads(config: EngineConfig, device: str) -> None:
     """CPU threads of this process: as given, else a fair share of the cores for each rank of this machine."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    elif config.tensor_parallel_size > 1 and device == "cpu":
+    elif config.num_ranks > 1 and device == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(cores // ranks_here(config.tensor_parallel_size), 1))
+        torch.set_num_threads(max(cores // ranks_here(config.num_ranks), 1))
 
 
 def open_store(launch: Launch) -> Any:
@@ -100,11 +100,18 @@ def where_key() -> str:
 
 
 def meet(store: Any, prefix: str, rank: int, config: ResolvedConfig, address: str) -> Group:
-    """The process group; waits for the others."""
+    """The process group of the rank's stage, connected with those of the others; waits for all of them.
+
+    The last stage has the lowest ranks, so that rank 0 samples.
+    """
     engine = config.engine
+    behind, place = divmod(rank, engine.tensor_parallel_size)  # stages behind its own
+    stages = engine.pipeline_parallel_size
+    own, across = PrefixStore(f"{prefix}/stage{behind}", store), PrefixStore(f"{prefix}/pipe{place}", store)
     device = torch.device(engine.device)
-    shared = PrefixStore(prefix, store)
-    return connect(shared, rank, engine.tensor_parallel_size, device, address, engine.batch_invariant)
+    group = connect(own, place, engine.tensor_parallel_size, device, address, engine.batch_invariant)
+    group.pipe = connect_stages(across, stages - 1 - behind, stages, address)
+    return group
 
 
 def form_group(config: ResolvedConfig, folder: Path, make_local: Callable[[Group], LocalExecutor]) -> GroupExecutor:
@@ -116,9 +123,9 @@ def form_group(config: ResolvedConfig, folder: Path, make_local: Callable[[Group
     Raises:
         ValueError: a rank that does not come, differs or cannot load; which, and why.
     """
-    size, launch = config.engine.tensor_parallel_size, launched()
+    size, launch = config.engine.num_ranks, launched()
     if launch is not None and launch.size != size:
-        raise ValueError(f"tensor_parallel_size={size}, but {launch.size} ranks were started; they must be as many")
+        raise ValueError(f"the settings are for {size} ranks, but {launch.size} were started; they must be as many")
     try:
         if launch is None:
             store: Any = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -147,7 +154,7 @@ def _load(
     where: tuple[str, int] | None,
     make_local: Callable[[Group], LocalExecutor],
 ) -> GroupExecutor:
-    size = config.engine.tensor_parallel_size
+    size = config.engine.num_ranks
     for rank, hello in ranks.expect(Hello, JOIN_SECONDS):
         if hello.version != flover.__version__:
             raise ValueError(f"rank {rank} runs flover {hello.version}, rank 0 runs {flover.__version__}")

@@ -26,7 +26,7 @@ from flover.layers.sampler import Sampler
 from flover.models.base import CausalLM
 from flover.models.loader import load_model
 from flover.parallel import ALONE, Group
-from flover.sharding import local_kv_heads
+from flover.sharding import local_kv_heads, stage_layers
 from flover.startup import StartupTimes
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -49,6 +49,15 @@ class Batch(NamedTuple):
         ids = self.prefill_ids[np.repeat(chosen[self.in_prefill], self.counts[self.in_prefill])]
         rows = self.rows[chosen], self.counts[chosen], self.start[chosen]
         return Batch(*rows, self.frozen[chosen], self.in_prefill[chosen], self.samples[chosen], ids)
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """At most so many parts of consecutive rows, of about as many tokens each: stages work on them at the same time."""
+    if count == 1:
+        return [batch]
+    middles = np.cumsum(batch.counts) - batch.counts / 2
+    which = (middles * count / batch.counts.sum()).astype(np.int64)
+    return [batch.part(which == i) for i in np.unique(which)]
 
 
 class ModelRunner:
@@ -80,10 +89,13 @@ class ModelRunner:
         kv, rows = config.kv, config.scheduler.max_num_seqs
         sizes = config.model
         kv_heads = local_kv_heads(sizes, group.size)
-        shape = sizes.num_layers, kv.num_blocks, kv.block_size, kv_heads, sizes.head_dim
+        begin, end = stage_layers(sizes.num_layers, group.pipe.stage, group.pipe.stages)
+        shape = end - begin, kv.num_blocks, kv.block_size, kv_heads, sizes.head_dim
         elastic = kv.layout == "slab" and kv.reorder != "off"
         with self.times.phase("KV cache"):
             self.storage = KVStorage(*shape, getattr(torch, kv.dtype), self.device, backend, elastic)
+        before = [self.storage.k[0]] * begin  # layers of other stages, whose caches nothing reads
+        self._caches = before + self.storage.k, before + self.storage.v
         self.sampler = Sampler(rows + 1, sizes.vocab_size, self.device, backend, group)  # the last is scratch
         self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
         self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step
@@ -154,7 +166,11 @@ class ModelRunner:
         batch = self._batch(plan)
         if batch is None:
             return self.empty_result
-        hidden = self._forward(batch)
+        pipe = self.group.pipe
+        hidden = torch.cat([self._forward(part) for part in micro_batches(batch, pipe.stages)])
+        pipe.flush()
+        if not pipe.last:
+            return lambda: self._drawn_elsewhere(batch)
         ends = np.cumsum(batch.counts)
         first = dict(zip(batch.rows.tolist(), (ends - batch.counts).tolist()))
         scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
@@ -165,12 +181,20 @@ class ModelRunner:
 
         def sample() -> StepResult:
             output = self.sampler.sample(logits, self._tensor(batch.rows[batch.samples]))
+            pipe.share(output.token_ids)
             logprobs = None if output.logprobs is None else Scores(*(part.cpu().numpy() for part in output.logprobs))
             exhausted = None if output.exhausted is None else output.exhausted.cpu().numpy()
             tokens, finite = output.token_ids.cpu().numpy(), output.finite.cpu().numpy()
             return StepResult(tokens, finite, logprobs, scores, pooled, exhausted)
 
         return sample
+
+    def _drawn_elsewhere(self, batch: Batch) -> StepResult:
+        """The tokens that the last stage has drawn; only rank 0, which is one of it, has a result."""
+        rows = self._tensor(batch.rows[batch.samples])
+        if len(rows):
+            self.sampler.record(rows, self.group.pipe.share(torch.empty_like(rows)))
+        return self.empty_result()
 
     def _batch(self, plan: BatchPlan) -> Batch | None:
         """The rows that have tokens in this step, with lengths advanced; None if there are none."""
@@ -238,8 +262,8 @@ class ModelRunner:
         input_ids[self._tensor(np.repeat(batch.in_prefill, counts))] = prefill_ids
         lengths = (positions[ends - 1] + 1).tolist()
         ctx = ForwardContext(
-            k_cache=self.storage.k,
-            v_cache=self.storage.v,
+            k_cache=self._caches[0],
+            v_cache=self._caches[1],
             slot_mapping=self._tensor(slots),
             prompt_lens=self._tensor(self.prompt[row_of]),
             meta=AttentionMetadata(

@@ -237,6 +237,10 @@ class Sampler:
         self._record(rows, state, token_ids, needs)
         return SamplerOutput(token_ids, finite, logprobs, scores.amax(-1) == -math.inf if needs.masking else None)
 
+    def record(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Take in what another stage has drawn: [n] int64 for each of rows [n]."""
+        self._state[Field.LAST_TOKEN].index_copy_(0, rows, token_ids)
+
     def whole(self, logits: Tensor) -> Tensor:
         """All logits `[n, vocab]` of this rank's part of them."""
         if self.group.size == 1:

@@ -24,6 +24,7 @@ from flover.layers.norm import LayerNorm, RMSNorm
 from flover.models.base import CausalLM, Source, concatenate
 from flover.models.checkpoint import Checkpoint, Stored, read_groups
 from flover.models.registry import model_class
+from flover.models.stages import cut
 from flover.parallel import ALONE, Group
 from flover.sharding import Part
 
@@ -95,7 +96,7 @@ def load_model(
     if load_format not in ("auto", "dummy"):
         raise ValueError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
     family, module = model_class(config.architecture), _skeleton(config, folder, quantization)
-    parameters = _shard(module, group)
+    parameters = _shard(module, group, dtype)
     if load_format == "dummy":
         _fill_dummy(parameters, dtype, device, seed)
     else:
@@ -116,7 +117,7 @@ def weight_bytes(
 
     def of(num_layers: int) -> int:
         module = _skeleton(replace(config, num_layers=num_layers), folder, quantization)
-        return sum(parameter.num_bytes(dtype) for parameter in _shard(module, group))
+        return sum(parameter.num_bytes(dtype) for parameter in _shard(module, group, dtype))
 
     return of(1) + (config.num_layers - 1) * (of(2) - of(1))
 
@@ -197,16 +198,21 @@ def _parameters(module: nn.Module) -> list[_Parameter]:
     return list(found.values())
 
 
-def _shard(module: nn.Module, group: Group) -> list[_Parameter]:
-    """Give every layer its part; -> the parameters of this rank."""
+def _shard(module: nn.Module, group: Group, dtype: torch.dtype) -> list[_Parameter]:
+    """Give every layer its part; -> the whole model's parameters, those of other stages without a place."""
     parameters = _parameters(module)
+    if group.pipe.stages > 1:
+        cut(module, group.pipe, dtype)
+        held = {(owner, name) for owner in module.modules() for name, _ in owner.named_parameters(recurse=False)}
+        for parameter in parameters:
+            parameter.places = [place for place in parameter.places if place in held]
     if group.size > 1:
         parts: dict[tuple[nn.Module, str], Part] = {}
         for layer in module.modules():
             if isinstance(layer, Layer):
                 parts.update({(layer, name): part for name, part in layer.shard(group).items()})
         for parameter in parameters:
-            parameter.part = parts.get(parameter.places[0])
+            parameter.part = parts.get(parameter.places[0]) if parameter.places else None
     return parameters
 
 
@@ -258,6 +264,8 @@ def _match(
             raise ValueError(
                 f"{' + '.join(source.names)} has shape {shapes}, but {parameter.name} needs {list(parameter.whole)}"
             )
+        if not parameter.places:
+            continue
         if parameter.part is not None:
             parts = source.parts(parameter.part, parts)
         wanted.append(_Wanted(parameter, source, parts))
@@ -306,6 +314,8 @@ def _fill_dummy(parameters: list[_Parameter], dtype: torch.dtype, device: torch.
     for parameter in parameters:
         whole = torch.empty(parameter.whole, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
         tensor = parameter.narrowed(whole)  # the same weights at any number of ranks
+        if not parameter.places:
+            continue
         owner, attribute = parameter.places[0]
         if isinstance(owner, (LayerNorm, RMSNorm)) and attribute == "weight":
             tensor += 0.0 if isinstance(owner, RMSNorm) and owner.unit_offset else 1.0
