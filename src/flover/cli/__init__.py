@@ -147,11 +147,26 @@ def run_batch(
 
 @app.command()
 @with_options(engine=EngineConfig)
-def plan(*, engine: dict[str, Any]) -> int:
-    """What fits on this machine: weights, KV bytes per token, requests by length. Nothing is loaded."""
+def plan(
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
+    *,
+    hardware: Annotated[
+        str | None, typer.Option(help="h200, h100, a100 or a .toml: predict speed and memory there")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="of the whole, with --hardware")] = 1,
+    engine: dict[str, Any],
+) -> int:
+    """What fits on this machine, or with --hardware on others, and how fast it would be. Nothing is loaded."""
     from flover.cli.plan import run_plan
+    from flover.cli.plan_cluster import run_cluster_plan
 
-    return run_plan(engine)
+    if name is not None:
+        engine = {"model": name, **engine}
+    if hardware is None:
+        if replicas != 1:
+            raise ValueError("--replicas of a plan needs --hardware h200, h100, a100 or a .toml file")
+        return run_plan(engine)
+    return run_cluster_plan(hardware, replicas, engine)
 
 
 @app.command()

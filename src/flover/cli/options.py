@@ -33,8 +33,8 @@ SKIPPED_SAMPLING = {"seed"}  # --seed is the engine's: it covers every prompt th
 SPELLINGS = {
     "model": ("--model", "-m"),
     "max_tokens": ("--max-tokens", "-n"),
-    "tensor_parallel_size": ("--tensor-parallel-size", "-tp"),
-    "pipeline_parallel_size": ("--pipeline-parallel-size", "-pp"),
+    "tensor_parallel_size": ("--tensor-parallel-size", "-tp", "--tp"),
+    "pipeline_parallel_size": ("--pipeline-parallel-size", "-pp", "--pp"),
     "generation_config": ("--generation-config", "--sampling-defaults"),
     "input_len": ("--input-len", "--random-input-len"),
     "output_len": ("--output-len", "--random-output-len"),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flover.config import ModelConfig
 from flover.kernels.dispatch import load_backend
 from flover.layers.base import Layer
+from flover.layers.embedding import Embedding
 from flover.layers.linear import Linear
 from flover.layers.norm import LayerNorm, RMSNorm
 from flover.models.base import CausalLM, Source, concatenate
@@ -120,6 +121,30 @@ def weight_bytes(
         return sum(parameter.num_bytes(dtype) for parameter in _shard(module, group, dtype))
 
     return of(1) + (config.num_layers - 1) * (of(2) - of(1))
+
+
+def weight_parts(
+    folder: Path | str, config: ModelConfig, dtype: torch.dtype, quantization: str = "none"
+) -> dict[str, tuple[int, int]]:
+    """(bytes once loaded, parameters) of one "layer", of the "head" that each step reads, of the "embedding" tables.
+
+    Where embedding and head are one tensor it is the head's.
+    """
+
+    def parts(num_layers: int) -> dict[str, tuple[int, int]]:
+        module = _skeleton(replace(config, num_layers=num_layers), folder, quantization)
+        found = {"head": (0, 0), "embedding": (0, 0)}
+        for parameter in _parameters(module):
+            read = any(not isinstance(owner, Embedding) for owner, _ in parameter.places)
+            name = "head" if read else "embedding"
+            size, count = found[name]
+            found[name] = (size + parameter.num_bytes(dtype), count + parameter.shape.numel())
+        return found
+
+    one, two = parts(1), parts(2)
+    layer = (two["head"][0] - one["head"][0], two["head"][1] - one["head"][1])
+    head = (one["head"][0] - layer[0], one["head"][1] - layer[1])
+    return {"layer": layer, "head": head, "embedding": one["embedding"]}
 
 
 def _skeleton(config: ModelConfig, folder: Path | str, quantization: str) -> nn.Module:

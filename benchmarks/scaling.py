@@ -1,0 +1,37 @@
+"""The cost model against measurements.
+
+    python benchmarks/scaling.py [--only calibrate] [--out benchmarks/results]
+
+calibrate: fits `flover.cluster.hardware.Efficiency` to one H200 and says how far off it is, on models that the fit has
+seen and on others. Writes scaling.json. Deterministic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from _scaling_fit import calibrate
+
+PARTS = {"calibrate": calibrate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    target = args.out / "scaling.json"
+    results: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    for name in args.only.split(","):
+        begin = time.perf_counter()
+        results[name] = PARTS[name](args.out)
+        print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    target.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Accelerators as `flover plan --hardware` knows them: datasheet rates, link speeds, and what a step reaches of them.
+
+Rates and sizes are NVIDIA's datasheets' (dense tensor FLOP/s, one direction of a link). `Efficiency` is measured: see
+`benchmarks/scaling.py`, which fits it to Llama-3-8B and GPT-2 XL on one H200 and reports what is left there and on
+models that it has not seen. For every other card it is an assumption. No torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """latency: seconds of a small all-reduce of two. hop: seconds that each further rank adds. bandwidth: bytes/s of
+    one device, one direction.
+    """
+
+    latency: float
+    hop: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """What a step reaches of the datasheet, fitted to Llama-3-8B and GPT-2 XL on one H200 (see the module).
+
+    Args:
+        weights, kv: share of the memory bandwidth when weights, and keys and values, are read.
+        flops: share of the tensor FLOP/s in large products.
+        softness: exponent p of (t_bytes^p + t_flops^p)^(1/p): a product bound by neither takes longer than either.
+        layer: seconds a layer costs beside them (norms, rotation, launches). row: seconds a row adds to a step.
+        step: seconds of a step that do not depend on the model (sampling, transfers).
+        eight_bit: what products of fp8 or int8 reach of the shares above, as tokens are quantised on the way.
+        link: share of a link's bandwidth in an all-reduce: NCCL itself counts on 360 of an H100's 450 GB/s.
+    """
+
+    weights: float = 0.90
+    kv: float = 0.90
+    flops: float = 0.73
+    softness: float = 1.36
+    layer: float = 18.8e-6
+    row: float = 0.76e-6
+    step: float = 50e-6
+    eight_bit: float = 0.68
+    link: float = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "kv", "flops", "eight_bit", "link"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"efficiency {name} must be above 0 and at most 1, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator and how it is wired. flops: dense FLOP/s by dtype of the products."""
+
+    name: str
+    memory_bytes: float
+    bandwidth: float
+    flops: Mapping[str, float]
+    per_node: int
+    node: Link
+    network: Link
+    efficiency: Efficiency = field(default_factory=Efficiency)
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "bandwidth", "per_node"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"{name} of the hardware must be above 0, got {value!r}")
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of products in a dtype; ValueError if the card has none."""
+        if dtype not in self.flops:
+            raise ValueError(f"{self.name} has no {dtype} products here; it has {', '.join(self.flops)}")
+        return self.flops[dtype]
+
+
+# Small all-reduces: two H100 6 us under CUDA graphs (NVIDIA/nccl issue 1259), two A100 10 us and 4 us for each further
+# one (NVIDIA/nccl-tests issue 123); 2 us a further H100 and all of InfiniBand's latency are assumed. NDR is 400 Gb/s a
+# GPU, HDR 200.
+_NVLINK4, _NVLINK3 = Link(6e-6, 2e-6, 450e9), Link(10e-6, 4e-6, 300e9)
+_NDR, _HDR = Link(20e-6, 2e-6, 50e9), Link(20e-6, 2e-6, 25e9)
+_HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "fp8": 1979e12, "int8": 1979e12}
+_AMPERE = {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12, "int8": 624e12}
+DEVICES = {
+    "h200": Device("h200", 141e9, 4.8e12, _HOPPER, 8, _NVLINK4, _NDR),  # H200 SXM datasheet
+    "h100": Device("h100", 80e9, 3.35e12, _HOPPER, 8, _NVLINK4, _NDR),  # H100 SXM datasheet
+    "a100": Device("a100", 80e9, 2.039e12, _AMPERE, 8, _NVLINK3, _HDR),  # A100 80GB SXM datasheet
+}
+
+
+def device(name: str) -> Device:
+    """A card by name, or one described by a .toml or .json file; ValueError says what is wrong with it."""
+    if name in DEVICES:
+        return DEVICES[name]
+    path = Path(name)
+    if path.suffix not in (".toml", ".json"):
+        raise ValueError(f"hardware must be {', '.join(DEVICES)} or a .toml or .json file, got {name!r}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else _toml(text)
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    parts = {"node": Link, "network": Link, "efficiency": Efficiency}
+    for part, kind in parts.items():
+        if part in values:
+            values[part] = _make(kind, values[part], f"{name}: [{part}]")
+    if not isinstance(values.get("flops"), dict):
+        raise ValueError(f"{name}: flops must be a table of FLOP/s by dtype, such as bfloat16 = 989e12")
+    return _make(Device, {"name": path.stem, **values}, name)  # type: ignore[no-any-return]
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        reader = importlib.import_module("tomllib")  # Python 3.11
+    except ModuleNotFoundError:
+        raise ValueError("TOML needs Python 3.11; a .json file of the same values works") from None
+    return reader.loads(text)  # type: ignore[no-any-return]
+
+
+def _make(kind: Any, values: Any, where: str) -> Any:
+    known = [f.name for f in fields(kind)]
+    if not isinstance(values, dict) or not set(values) <= set(known):
+        wrong = sorted(set(values) - set(known)) if isinstance(values, dict) else values
+        raise ValueError(f"{where}: unknown {wrong}; known are {', '.join(known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {str(error).partition('() ')[2]}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
