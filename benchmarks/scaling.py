@@ -1,9 +1,12 @@
 """The cost model against measurements.
 
-    python benchmarks/scaling.py [--only calibrate] [--out benchmarks/results]
+    python benchmarks/scaling.py [--only calibrate,check,routing,autoscaling] [--out benchmarks/results]
 
 calibrate: fits `flover.cluster.hardware.Efficiency` to one H200 and says how far off it is, on models that the fit has
-seen and on others. Writes scaling.json. Deterministic.
+seen and on others.
+check: a fluid model of replicas against the real scheduler on a virtual clock, 10^4 requests.
+routing, autoscaling: the fluid model's curves; 10^6 requests on 10^3 replicas.
+Writes scaling.json and pictures. Deterministic; about a minute on one core.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _scaling_curves import autoscaling, check, routing
 from _scaling_fit import calibrate
 
-PARTS = {"calibrate": calibrate}
+PARTS = {"calibrate": calibrate, "check": check, "routing": routing, "autoscaling": autoscaling}
 
 
 def main() -> None:

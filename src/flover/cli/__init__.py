@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 import flover
-from flover.cli import admin, bench
+from flover.cli import admin, bench, cluster
 from flover.cli.options import with_options
 from flover.config import EngineConfig
 from flover.engine.launch import COMMAND, launched
@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench.app, name="bench")
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(admin.app, name="admin")
 
 
@@ -103,6 +104,15 @@ def serve(
     tool_call_parser: Annotated[
         str | None, typer.Option(help="hermes, llama3_json or mistral; else the template's")
     ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="engines behind this port, on Ray", rich_help_panel="Ray")
+    ] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="autoscale up to so many", rich_help_panel="Ray")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="head of a cluster, HOST:PORT or auto; else this machine", rich_help_panel="Ray")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="machines that a replica is spread over", rich_help_panel="Ray")] = 1,
+    cpus: Annotated[float, typer.Option(help="of a replica on each node, for Ray", rich_help_panel="Ray")] = 1,
     engine: dict[str, Any],
 ) -> int:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
@@ -128,7 +138,14 @@ def serve(
         "engine_iteration_timeout": engine_iteration_timeout,
         "tool_call_parser": tool_call_parser,
     }
-    return run_serve(name, api_key or (), server, engine)
+    if replicas is None:
+        if max_replicas is not None or ray_address is not None or nodes > 1:
+            raise ValueError("--max-replicas, --ray-address and --nodes need --replicas")
+        return run_serve(name, api_key or (), server, engine)
+    from flover.cli.cluster import run_replicas
+
+    settings = {"address": ray_address, "replicas": replicas, "max_replicas": max_replicas}
+    return run_replicas(name, api_key or (), server, engine, {**settings, "nodes": nodes, "cpus": cpus})
 
 
 @app.command("run-batch")
@@ -137,9 +154,19 @@ def run_batch(
     *,
     input: Annotated[Path, typer.Option("--input-file", "-i", help="requests in OpenAI's batch format, JSON lines")],
     output: Annotated[Path, typer.Option("--output-file", "-o", help="a line for each of them, once all are there")],
+    ray: Annotated[bool, typer.Option("--ray", help="on Ray Data: several engines, lines in any order")] = False,
+    replicas: Annotated[int, typer.Option(help="engines, with --ray", rich_help_panel="Ray")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="head of a cluster, HOST:PORT or auto; else this machine", rich_help_panel="Ray")
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="of an engine, for Ray", rich_help_panel="Ray")] = 1,
     engine: dict[str, Any],
 ) -> int:
     """Serve a file of requests: chats, completions, responses, embeddings."""
+    if ray:
+        from flover.cli.cluster import run_batch_on_ray
+
+        return run_batch_on_ray(input, output, engine, ray_address, replicas, cpus)
     from flover.cli.serve import run_batch_file
 
     return run_batch_file(input, output, engine)

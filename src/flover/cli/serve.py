@@ -15,7 +15,7 @@ KEYS = "FLOVER_API_KEY"
 
 def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
     """-> exit code. Keys of the command line, and those of the environment, separated by commas."""
-    _need_packages()
+    need_packages()
     from flover.server.config import ServerConfig
     from flover.server.serve import run
 
@@ -35,7 +35,7 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
 
 def run_batch_file(input: Path, output: Path, engine: Mapping[str, Any]) -> int:
     """-> exit code: 1 if a request failed."""
-    _need_packages()
+    need_packages()
     from flover.server.batch import run_batch
 
     served, failed = run_batch(input, output, engine)
@@ -43,7 +43,8 @@ def run_batch_file(input: Path, output: Path, engine: Mapping[str, Any]) -> int:
     return int(failed > 0)
 
 
-def _need_packages() -> None:
+def need_packages() -> None:
+    """ValueError if a package of the server is not installed."""
     for package in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
         if find_spec(package) is None:
             raise ValueError(f'the server needs {package}: pip install "flover[server]"')

@@ -36,7 +36,7 @@ def run_batch(input: Path, output: Path, engine: Mapping[str, Any]) -> tuple[int
     partial = output.with_name(f"{output.name}.partial")
     try:
         with open(partial, "wb") as file:
-            counts = asyncio.run(_serve(llm, input, file))
+            counts = asyncio.run(serve_file(llm, input, file))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, output)
@@ -45,7 +45,8 @@ def run_batch(input: Path, output: Path, engine: Mapping[str, Any]) -> tuple[int
         llm.shutdown()
 
 
-async def _serve(llm: AsyncLLM, input: Path, file: BinaryIO) -> tuple[int, int]:
+async def serve_file(llm: AsyncLLM, input: Path, file: BinaryIO) -> tuple[int, int]:
+    """-> requests served, requests that failed."""
     app = make_app(Service(llm, ServerConfig(max_queued_requests=1 << 30, max_queued_tokens=1 << 40)))
     room, tasks = asyncio.Semaphore(CONCURRENCY), set()
     seen: set[str] = set()

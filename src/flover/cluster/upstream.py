@@ -1,0 +1,96 @@
+"""One HTTP exchange with a replica over a plain socket: bytes in, events out, no client library between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from types import TracebackType
+
+import httptools
+
+CONNECT_SECONDS = 3.0
+HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"content-length", b"host"}
+Headers = list[tuple[bytes, bytes]]
+
+
+class UpstreamError(Exception):
+    """The replica could not be reached, or was lost before its answer was whole."""
+
+
+class Upstream:
+    """A request to a replica, as a context: `start` sends it, `body` yields what comes, leaving closes the connection,
+    which has the replica abort whatever still runs.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = (host, port)
+        self._parser = httptools.HttpResponseParser(self)
+        self._writer: asyncio.StreamWriter | None = None
+        self._pieces: list[bytes] = []
+        self._begun = self._complete = False
+        self.headers: Headers = []
+
+    async def __aenter__(self) -> Upstream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def status(self) -> int:
+        return int(self._parser.get_status_code())
+
+    async def start(self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send it and read the answer's head. UpstreamError if there is none."""
+        kept = [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP]
+        host, port = self._address
+        kept += [(b"host", f"{host}:{port}".encode()), (b"connection", b"close")]
+        kept.append((b"content-length", str(len(body)).encode()))
+        head = b"".join(b"%s: %s\r\n" % pair for pair in kept)
+        try:
+            connecting = asyncio.open_connection(host, port)
+            self._reader, writer = await asyncio.wait_for(connecting, CONNECT_SECONDS)
+            self._writer = writer
+            writer.write(b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method.encode(), target, head, body))
+            while not self._begun:
+                await self._read()
+        except (OSError, asyncio.TimeoutError, httptools.HttpParserError) as error:
+            raise UpstreamError(f"{host}:{port}: {error or type(error).__name__}") from None
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The answer's body in pieces. UpstreamError if it ends early."""
+        try:
+            while True:
+                pieces, self._pieces = self._pieces, []
+                if pieces:
+                    yield b"".join(pieces)
+                elif self._complete:
+                    return
+                else:
+                    await self._read()
+        except (OSError, httptools.HttpParserError) as error:
+            raise UpstreamError(str(error)) from None
+
+    async def _read(self) -> None:
+        data = await self._reader.read(65536)
+        if not data:
+            raise OSError("the connection ended before the answer did")
+        self._parser.feed_data(data)
+
+    # ---- the parser's calls ------------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() not in HOP_BY_HOP:
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._begun = True
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        self._complete = True
