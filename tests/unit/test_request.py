@@ -36,6 +36,7 @@ BAD: list[tuple[str, list[Any]]] = [
     ("bad_words", [3, "", [""], [None], ["a"] * 2000]),
     ("stop_token_ids", [3, "12", [1.0], ["1"], [True], [-1], [2**40], range(MAX_LIST + 1)]),
     ("allowed_token_ids", [3, "12", [], [1.0], [-1], [None]]),
+    ("structured_outputs", [3, "{}", ["a"], {}, {"json": {}, "regex": "a"}]),
     (
         "logit_bias",
         [

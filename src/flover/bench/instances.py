@@ -92,7 +92,7 @@ class Instance:
         """One request after the other, until there are no more."""
         steps: list[StepStats] = []
         try:
-            self.core.scheduler.kv.reset_cache()
+            self.reset()
             while (index := session.waiting.get()) is not None:
                 self.serve_one(index, session, steps)
                 session.done.put(None)
@@ -100,6 +100,10 @@ class Instance:
             session.done.put(error)
             raise
         return steps
+
+    def reset(self) -> None:
+        """Forget cached prefixes, so that a run finds nothing of the one before."""
+        self.core.scheduler.kv.reset_cache()
 
     def serve_one(self, index: int, session: Session, steps: list[StepStats]) -> None:
         """A job to its end, or until the session stops."""

@@ -61,6 +61,7 @@ class Process:
         """As `Instance.serve`; a session that stops waits for the request in flight."""
         steps: list[StepStats] = []
         try:
+            self._answer("reset")
             while (index := session.waiting.get()) is not None:
                 if not session.stop.is_set():
                     session.records[index], made = self._answer("serve", session.jobs[index], session.origin)
@@ -98,6 +99,7 @@ def _serve(pipe: Connection, config: EngineConfig, threads: int, asleep: bool) -
         pipe.send(ValueError(" ".join(str(error).split())))
         return
     answers: dict[str, Callable[..., Any]] = {
+        "reset": Instance.reset,
         "serve": _serve_one,
         "check": Instance.check,
         "logit_gaps": Instance.logit_gaps,
