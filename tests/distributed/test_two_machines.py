@@ -117,7 +117,7 @@ def tokens(path: Path) -> list[list[int]]:
     return [choice["token_ids"] for row in sorted(rows, key=lambda row: row["index"]) for choice in row["outputs"]]
 
 
-@pytest.mark.parametrize("kind", ["-tp", "-pp"])
+@pytest.mark.parametrize("kind", ["-tp", pytest.param("-pp", marks=pytest.mark.slow)])
 def test_the_same_tokens_across_machines(kind: str, machines: Machines, tmp_path: Path) -> None:
     """Also over a slow link, where the kernel can delay one."""
     prompts = tmp_path / "prompts.jsonl"
