@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from flover.async_llm import Stream
 from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
 from flover.request import ContextLengthError, SamplingParams
-from flover.server.answers import ChatCompletion, Completion
+from flover.server.answers import ChatCompletion, Completion, Echo
 from flover.server.embeddings import ONE_TOKEN, EmbeddingAnswer, EmbeddingRequest
 from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
 from flover.server.live import LiveEndpoint
@@ -117,6 +117,8 @@ class Generation:
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
         ]
+        if isinstance(request, CompletionRequest) and request.echo:
+            answer.echoes = await service.llm.in_thread(self._echoes, prepared, params.skip_special_tokens)
         state = scope.get("state", {})
         asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
         stream = service.open(prepared, asked)
@@ -150,6 +152,21 @@ class Generation:
             raise engine_dead() from None
         except ValueError as error:
             raise request.error(error) from None
+
+    def _echoes(self, prepared: Sequence[Prepared], skip_special_tokens: bool) -> list[Echo]:
+        """What to repeat of each prompt; token ids as the text that they are."""
+        tokenizer = self.service.llm.engine.tokenizer
+
+        def decode(ids: Sequence[int], skip: bool) -> str:
+            return "" if tokenizer is None else tokenizer.decode(ids, skip)
+
+        return [
+            Echo(
+                decode(one.prompt_token_ids, skip_special_tokens) if one.prompt is None else one.prompt,
+                decode(one.prompt_token_ids[:1], False),
+            )
+            for one in prepared
+        ]
 
 
 async def _outputs(stream: Stream) -> Any:
