@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import flover
 from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
-from flover.server.errors import SERVER, ApiError
+from flover.server.errors import SERVER, ApiError, aborted
 from flover.server.protocol import ChatCompletionRequest, GenerationRequest
 from flover.server.sse import DONE, event
 from flover.server.tools import CallWriter, call_writer
@@ -138,7 +138,7 @@ class Completion:
             if choice.finish_reason == "error":
                 raise _failed(choice.error or "the request failed")
             if choice.finish_reason == "abort":
-                raise ApiError(503, "the server has withdrawn the request", kind=SERVER, code="aborted")
+                raise aborted()
         return prompt
 
     def _echo(self, index: int) -> str:
