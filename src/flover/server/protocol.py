@@ -33,6 +33,9 @@ NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for noth
     "modalities": (*NOTHING, ["text"]),
     "chat_template": NOTHING,
     "use_beam_search": (None, False),
+    "continue_final_message": (None, False),
+    "truncate_prompt_tokens": (None,),
+    "prompt_logprobs": (None,),
 }
 
 
