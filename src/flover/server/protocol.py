@@ -223,7 +223,11 @@ class ChatCompletionRequest(GenerationRequest):
         return None if self.tool_choice == "none" else self.tools or None
 
     def structured(self) -> StructuredOutputsParams | None:
-        wanted, called = super().structured(), call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
+        wanted = super().structured()
+        try:
+            called = call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
+        except RecursionError:
+            raise invalid("tools are nested too deeply", "tools") from None
         if called is None:
             return wanted
         if wanted is not None:
