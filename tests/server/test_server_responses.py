@@ -79,6 +79,14 @@ def test_stream_events(client: openai.OpenAI, server: Server) -> None:
     assert not any("[DONE]" in line for line in lines)
 
 
+def test_what_a_deadline_leaves_is_incomplete(server: Server) -> None:
+    body = {"input": "Who?", "max_output_tokens": 900, "ignore_eos": True, "timeout": 0.3}
+    answer = server.http.post("/v1/responses", json=body)
+    assert answer.status_code == 504
+    partial = answer.json()["partial"]
+    assert not partial or (partial["status"], partial["incomplete_details"]) == ("incomplete", None)
+
+
 def test_logprobs_are_included(client: openai.OpenAI) -> None:
     def scored(**more: Any) -> list[Any]:
         part: Any = respond(client, max_output_tokens=3, extra_body={"seed": 1}, **more).output[0].content[0]

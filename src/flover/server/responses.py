@@ -170,6 +170,7 @@ class ResponseAnswer(Completion):
 
     def _response(self, choice: CompletionOutput | None) -> Answer:
         status = "in_progress" if choice is None else _status(choice)
+        limited = choice is not None and choice.finish_reason == "length"
         request = self.request
         defaults = SamplingParams()
         return {
@@ -178,7 +179,7 @@ class ResponseAnswer(Completion):
             "created_at": self._head["created"],
             "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if limited else None,
             "model": self._head["model"],
             "output": [] if choice is None else [self._item(status, choice)],
             **{name: getattr(request, name) for name in ECHOED},
@@ -207,4 +208,4 @@ class ResponseAnswer(Completion):
 
 
 def _status(choice: CompletionOutput) -> str:
-    return "incomplete" if choice.finish_reason == "length" else "completed"
+    return "completed" if choice.finish_reason not in (None, "length") else "incomplete"
