@@ -200,7 +200,7 @@ def test_events_are_cut_anywhere() -> None:
 def test_the_command_prints_vllms_block_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--num-prompts 4 --request-rate 50 --burstiness 0.5 --random-input-len 8 --random-output-len 3"
     more = "--random-range-ratio 0.3 --seed 3 --ignore-eos --percentile-metrics ttft,itl --metric-percentiles 90,99"
-    save = f"--save-result --result-dir {tmp_path} --result-filename out.json --max-concurrency 3"
+    save = f"--save-result --result-dir {tmp_path}/new/results --result-filename out.json --max-concurrency 3"
     goals = "--goodput ttft:5000 e2el:60000"
     with serving() as (stub, url):
         command = f"bench serve --base-url {url} --backend openai-chat {flags} {more} {save} {goals}"
@@ -215,7 +215,7 @@ def test_the_command_prints_vllms_block_and_keeps_it(tmp_path: Path, capsys: pyt
     assert "Maximum request concurrency:            3\n" in out
     assert "Request goodput (req/s):" in out
     assert "TPOT" not in out
-    kept = json.loads((tmp_path / "out.json").read_text())
+    kept = json.loads((tmp_path / "new" / "results" / "out.json").read_text())
     assert (kept["completed"], kept["request_rate"], kept["model_id"]) == (4, 50, "org/stub")
     assert len(kept["requests"]) == 4
     assert kept["p90_ttft_ms"] >= kept["median_ttft_ms"] >= FIRST * 1e3 - 20

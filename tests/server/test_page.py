@@ -195,7 +195,7 @@ def test_all_of_it_works_by_keyboard(browser: Any, server: Server) -> None:
 
 
 def test_a_key_is_asked_for_checked_and_kept_in_the_tab(browser: Any, server: Server) -> None:
-    with opened(browser, server, key="") as page:
+    with opened(browser, server, "phone", key="") as page:
         field = page.get_by_label("Key", exact=True)
         api.expect(field).to_be_focused()
         field.fill("wrong")
@@ -213,6 +213,7 @@ def test_a_key_is_asked_for_checked_and_kept_in_the_tab(browser: Any, server: Se
         api.expect(field).to_be_focused()  # asked for at once
         page.get_by_role("button", name="Cancel").click()
         api.expect(page.locator("#state")).to_have_text("needs a key")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_the_copied_command_works(browser: Any, server: Server) -> None:

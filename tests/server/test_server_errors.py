@@ -71,6 +71,8 @@ COMPLETIONS: list[tuple[str, Any]] = [
     ("logprobs", -1),
     ("logprobs", True),
     ("suffix", "end"),
+    ("truncate_prompt_tokens", 5),
+    ("prompt_logprobs", 0),
 ]
 CHATS: list[tuple[str, Any]] = [
     ("messages", []),
@@ -99,6 +101,7 @@ CHATS: list[tuple[str, Any]] = [
     *(("tool_choice", value) for value in ("required", "banana", {"type": "function", "function": {"name": "g"}}, 5)),
     ("chat_template", "{{ x }}"),
     ("chat_template_kwargs", {"tokenize": True}),
+    ("continue_final_message", True),
 ]
 
 
@@ -277,6 +280,9 @@ def test_a_slow_body(server: Server) -> None:
         (b"Content-Length: 20\r\n", (b"408",)),
         (b"X-Long: " + b"a" * 1_000_000 + b"\r\n", (b"431", b"")),
         (b"".join(b"X-%d: 1\r\n" % i for i in range(10_000)), (b"431", b"")),
+        (b"X-Long: " + b"a" * 65_600 + b"\r\n", (b"431",)),  # a little more than the limit, perhaps in one piece
+        (b"".join(b"X-%d: 1\r\n" % i for i in range(7_000)), (b"431",)),
+        (b"X-Long: " + b"a" * 60_000 + b"\r\nContent-Length: 7\r\n", (b"400",)),
     ],
     ids=lambda value: repr(value[:30]) if isinstance(value, bytes) else "",
 )

@@ -79,6 +79,21 @@ def test_a_second_signal_and_a_timeout_abort() -> None:
             assert server.process.wait(timeout=5) == code
 
 
+def test_an_engine_that_hangs_does_not_keep_streams_from_their_end() -> None:
+    with keyed("--drain-timeout", "0.3") as server:
+        with server.http.stream("POST", "/v1/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.engine.suspend()
+            server.process.send_signal(signal.SIGTERM)
+            rest = events(lines)
+        assert rest[-1] == "[DONE]"
+        assert json.loads(rest[-2])["error"]["code"] == "aborted"
+        assert server.process.wait(timeout=10) == 0
+        assert server.process.stderr is not None
+        assert "Traceback" not in server.process.stderr.read()
+
+
 def until_ready(server: Server, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while ready(server) != 200:

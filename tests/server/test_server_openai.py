@@ -78,8 +78,20 @@ def test_echo_logprobs_stop_and_seed(client: openai.OpenAI, llm: LLM) -> None:
     assert all(value < 0 for value in choice.logprobs.token_logprobs[1:])
     assert got.usage is not None
     assert len(choice.logprobs.tokens) == got.usage.total_tokens
-    for token, offset in zip(choice.logprobs.tokens[1:], choice.logprobs.text_offset[1:]):
-        assert choice.text[offset - len(choice.logprobs.tokens[0]) :].startswith(token) or offset >= 0
+    assert "".join(choice.logprobs.tokens) == choice.text
+    for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset):
+        assert choice.text[offset:].startswith(token)
+    assert choice.logprobs.top_logprobs is not None
+    for token, top in zip(choice.logprobs.tokens[1:], choice.logprobs.top_logprobs[1:]):
+        assert token in top  # what was drawn, beside the two best
+        assert len(top) in (2, 3)
+    (ids,) = (output.prompt_token_ids for output in llm.generate(["In the beginning"], SamplingParams(max_tokens=1)))
+    for more in ({"prompt": ids}, {"prompt": [ids]}, {"prompt": "In the beginning", "stream": True, "stop": ["ZZZZ"]}):
+        again: Any = client.completions.create(model="m", echo=True, logprobs=2, **more, **GREEDY)
+        parts = [part.choices[0] for part in again] if "stream" in more else again.choices
+        assert "".join(part.text for part in parts) == choice.text
+        assert [token for part in parts for token in part.logprobs.tokens] == choice.logprobs.tokens
+        assert [offset for part in parts for offset in part.logprobs.text_offset] == choice.logprobs.text_offset
 
     scored = client.chat.completions.create(
         **chat(), model="m", logprobs=True, top_logprobs=3, temperature=0, max_tokens=3

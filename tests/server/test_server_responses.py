@@ -27,7 +27,7 @@ def client(server: Server) -> openai.OpenAI:
 
 
 def respond(client: openai.OpenAI, **more: Any) -> Any:
-    return client.responses.create(model="kjv-llama", **{"input": "Who?", "max_output_tokens": 12, "seed": 1, **more})
+    return client.responses.create(model="kjv-llama", **{"input": "Who?", "max_output_tokens": 12, **more})
 
 
 def test_a_response_is_the_chat(client: openai.OpenAI) -> None:
@@ -77,6 +77,25 @@ def test_stream_events(client: openai.OpenAI, server: Server) -> None:
     lines = server.http.post("/v1/responses", json=body).text.split("\n\n")
     assert all(line.startswith("event: response.") for line in lines if line)
     assert not any("[DONE]" in line for line in lines)
+
+
+def test_what_a_deadline_leaves_is_incomplete(server: Server) -> None:
+    body = {"input": "Who?", "max_output_tokens": 900, "ignore_eos": True, "timeout": 0.3}
+    answer = server.http.post("/v1/responses", json=body)
+    assert answer.status_code == 504
+    partial = answer.json()["partial"]
+    assert not partial or (partial["status"], partial["incomplete_details"]) == ("incomplete", None)
+
+
+def test_logprobs_are_included(client: openai.OpenAI) -> None:
+    def scored(**more: Any) -> list[Any]:
+        part: Any = respond(client, max_output_tokens=3, extra_body={"seed": 1}, **more).output[0].content[0]
+        return [(one.token, one.logprob < 0, len(one.top_logprobs)) for one in part.logprobs]
+
+    assert scored() == []
+    included: Any = {"include": ["message.output_text.logprobs"]}
+    assert [rest for _, *rest in scored(**included)] == [[True, 0]] * 3
+    assert [rest for _, *rest in scored(top_logprobs=2, **included)] == [[True, 2]] * 3
 
 
 def test_a_schema_for_a_response(client: openai.OpenAI) -> None:

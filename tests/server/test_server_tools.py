@@ -129,3 +129,33 @@ def test_an_unknown_parser_is_refused_at_the_start(capfd: pytest.CaptureFixture[
 
     assert main(["serve", "--tool-call-parser", "banana"]) == 2
     assert "hermes, llama3_json, mistral" in capfd.readouterr().err
+
+
+def test_references_of_a_function_are_its_own(client: openai.OpenAI) -> None:
+    shape = {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"], "additionalProperties": False}
+    child = {"type": "array", "items": {"$ref": "#"}, "minItems": 1, "maxItems": 1}
+    tree = {"type": "object", "properties": {"c": child}, "required": [], "additionalProperties": False}
+    for schema, wanted in (
+        ({"$ref": "#/definitions/shape", "definitions": {"shape": shape}}, shape),
+        ({"$ref": "#/$defs/unit", "$defs": {"unit": shape}}, shape),  # another unit than get_weather's
+        (tree, tree),  # "#" is the function's parameters, not the list of calls
+    ):
+        tool: Any = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        only = {"tools": [tool, WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+        for seed in range(8):
+            call = ask(client, **{**only, "seed": seed, "temperature": 2.0}).choices[0].message.tool_calls[0].function
+            if call.name == "f":
+                jsonschema.validate(json.loads(call.arguments), wanted)
+                break
+        else:
+            pytest.fail("f was never called")
+
+
+def test_deep_parameters(client: openai.OpenAI) -> None:
+    schema: Any = {}
+    for _ in range(450):
+        schema = {"anyOf": [schema]}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with pytest.raises(openai.BadRequestError, match="nested too deeply|recursion") as error:
+        ask(client, tools=[tool], tool_choice="required")
+    assert error.value.param == "tools"

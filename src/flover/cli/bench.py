@@ -103,7 +103,10 @@ def serve(
         metric_percentiles,
         seed,
     )
-    path = (result_dir / result_filename if result_filename else result_dir) if save_result else None
+    path = None
+    if save_result:
+        result_dir.mkdir(parents=True, exist_ok=True)
+        path = result_dir / result_filename if result_filename else result_dir
     return run_serve_bench(bench, Load(**load), path)
 
 

@@ -8,16 +8,23 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flover
 from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
-from flover.server.errors import SERVER, ApiError
+from flover.server.errors import SERVER, ApiError, aborted
 from flover.server.protocol import ChatCompletionRequest, GenerationRequest
 from flover.server.sse import DONE, event
 from flover.server.tools import CallWriter, call_writer
 
 Answer = dict[str, Any]
+
+
+class Echo(NamedTuple):
+    """What a completion repeats of a prompt: its text, and that of its first token, which has no probability."""
+
+    text: str
+    first: str
 
 
 class Completion:
@@ -38,6 +45,8 @@ class Completion:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
         self._newest: dict[int, RequestOutput] = {}  # by prompt
+        self.echoes: Sequence[Echo] = ()  # by prompt, where they are to be repeated
+        self._offsets: dict[int, int] = {}  # choice -> where the text of its next logprob begins
 
     def request_id(self, prompt: int) -> str:
         """Of a prompt, to the engine."""
@@ -77,7 +86,7 @@ class Completion:
                     continue
                 if choice.finish_reason:
                     over.add(i)
-                text = choice.text[characters:] if characters else self._echo(output) + choice.text
+                text = choice.text[characters:] if characters else self._echo(i) + choice.text
                 delta = self._delta(output, choice, i, text, scored)
                 sent[i] = (len(choice.text), len(choice.logprobs or ()))
                 if delta is not None:
@@ -95,11 +104,8 @@ class Completion:
         """Chunks before any text."""
         return ()
 
-    def _echo(self, output: RequestOutput) -> str:
-        return (output.prompt or "") if getattr(self.request, "echo", None) else ""
-
     def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
-        return self._text(output, choice, index, self._echo(output) + choice.text, 0)
+        return self._text(output, choice, index, self._echo(index) + choice.text, 0)
 
     def _delta(
         self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
@@ -112,11 +118,14 @@ class Completion:
         if choice.logprobs is not None:
             tokens = choice.token_ids[scored:]
             entries: list[TokenLogprobs | None] = list(choice.logprobs[scored:])
-            offset = len(self._echo(output)) + len(choice.text) - len(text) if scored else 0
-            if not scored and self._echo(output):
+            offset, first = self._offsets.get(index, 0) if scored else 0, ""
+            if not scored and self.echoes:
                 prompt = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
                 tokens, entries = [*output.prompt_token_ids, *tokens], [*prompt, *entries]
-            logprobs = completion_logprobs(tokens, entries, offset, getattr(self.request, "logprobs", None) or 0)
+                first = self.echoes[index // self.n].first
+                offset = 0 if text.startswith(first) else -len(first)  # a begin token is no part of the text
+            best = getattr(self.request, "logprobs", None) or 0
+            logprobs, self._offsets[index] = completion_logprobs(tokens, entries, offset, best, first)
         return {"index": index, "text": text, "logprobs": logprobs, **_ending(choice)}
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
@@ -129,8 +138,11 @@ class Completion:
             if choice.finish_reason == "error":
                 raise _failed(choice.error or "the request failed")
             if choice.finish_reason == "abort":
-                raise ApiError(503, "the server has withdrawn the request", kind=SERVER, code="aborted")
+                raise aborted()
         return prompt
+
+    def _echo(self, index: int) -> str:
+        return self.echoes[index // self.n].text if self.echoes else ""
 
     def _index(self, prompt: int, choice: CompletionOutput) -> int:
         return prompt * self.n + choice.index
@@ -163,9 +175,6 @@ class ChatCompletion(Completion):
     def _first(self, index: int) -> Iterable[Answer]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def _echo(self, output: RequestOutput) -> str:
-        return ""
 
     def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
         message: Answer = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -208,18 +217,24 @@ def _ending(choice: CompletionOutput) -> Answer:
 
 
 def completion_logprobs(
-    tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], offset: int, best: int
-) -> Answer:
-    """OpenAI's lists, one entry per token; the first token of a prompt has no probability."""
+    tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], offset: int, best: int, first: str = ""
+) -> tuple[Answer, int]:
+    """OpenAI's lists, one entry per token, and where the next one begins in the text.
+
+    Args:
+        offset: of the first token. first: its text, if it is a prompt's and has no probability.
+    """
     result: Answer = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, entry in zip(tokens, entries):
-        text = "" if entry is None else entry[token].decoded_token or ""
+        text = first if entry is None else entry[token].decoded_token or ""
         result["tokens"].append(text)
         result["token_logprobs"].append(None if entry is None else entry[token].logprob)
-        result["top_logprobs"].append(None if entry is None else dict(_best(entry, best)))
-        result["text_offset"].append(offset)
+        # the one that was drawn is always there, as the API says
+        top = None if entry is None else {**dict(_best(entry, best)), text: entry[token].logprob}
+        result["top_logprobs"].append(top)
+        result["text_offset"].append(max(offset, 0))
         offset += len(text)
-    return result
+    return result, offset
 
 
 def chat_logprobs(tokens: Sequence[int], entries: Sequence[TokenLogprobs], best: int) -> list[Answer]:

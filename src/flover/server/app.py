@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,10 +18,10 @@ import flover
 from flover.async_llm import Stream
 from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
-from flover.request import ContextLengthError, SamplingParams
-from flover.server.answers import ChatCompletion, Completion
+from flover.request import ContextLengthError, RequestOutput, SamplingParams
+from flover.server.answers import ChatCompletion, Completion, Echo
 from flover.server.embeddings import ONE_TOKEN, EmbeddingAnswer, EmbeddingRequest
-from flover.server.errors import ApiError, engine_dead, from_value_error, internal, invalid
+from flover.server.errors import ApiError, aborted, engine_dead, from_value_error, internal, invalid
 from flover.server.live import LiveEndpoint
 from flover.server.middleware import Auth, Bodies, RequestId
 from flover.server.openapi import openapi
@@ -117,11 +117,13 @@ class Generation:
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
         ]
+        if isinstance(request, CompletionRequest) and request.echo:
+            answer.echoes = await service.llm.in_thread(self._echoes, prepared, params.skip_special_tokens)
         state = scope.get("state", {})
         asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
         stream = service.open(prepared, asked)
         try:
-            outputs = _outputs(stream)
+            outputs = self._outputs(stream)
             if request.stream:
                 await send_events(send, answer.events(outputs), answer.error_event, answer.done)
             else:
@@ -151,13 +153,27 @@ class Generation:
         except ValueError as error:
             raise request.error(error) from None
 
+    async def _outputs(self, stream: Stream) -> AsyncIterator[RequestOutput]:
+        try:
+            async for output in stream:
+                yield output
+        except EngineDeadError:
+            raise (aborted() if self.service.draining else engine_dead()) from None
 
-async def _outputs(stream: Stream) -> Any:
-    try:
-        async for output in stream:
-            yield output
-    except EngineDeadError:
-        raise engine_dead() from None
+    def _echoes(self, prepared: Sequence[Prepared], skip_special_tokens: bool) -> list[Echo]:
+        """What to repeat of each prompt; token ids as the text that they are."""
+        tokenizer = self.service.llm.engine.tokenizer
+
+        def decode(ids: Sequence[int], skip: bool) -> str:
+            return "" if tokenizer is None else tokenizer.decode(ids, skip)
+
+        return [
+            Echo(
+                decode(one.prompt_token_ids, skip_special_tokens) if one.prompt is None else one.prompt,
+                decode(one.prompt_token_ids[:1], False),
+            )
+            for one in prepared
+        ]
 
 
 async def conversation(service: Service, request: ChatCompletionRequest | ResponsesRequest | TokenizeRequest) -> Any:

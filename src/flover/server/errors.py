@@ -68,6 +68,11 @@ def draining() -> ApiError:
     return ApiError(503, "the server is shutting down", kind=SERVER, code="draining", headers={"Connection": "close"})
 
 
+def aborted() -> ApiError:
+    """A request that an administrator or the end of the server has cut off."""
+    return ApiError(503, "the server has withdrawn the request", kind=SERVER, code="aborted")
+
+
 def deadline(queued: bool, seconds: float, retry_after: str) -> ApiError:
     """A request that took too long: 503 in the queue, where another try may fare better, 504 while it ran."""
     what = f"no token came within {seconds:g} seconds" if queued else f"not finished within {seconds:g} seconds"

@@ -199,6 +199,9 @@ async def _until_told(service: Service, told: asyncio.Queue[Any]) -> None:
         logger.warning("%d requests are aborted", len(service.load.live))
         await service.abort_all()
         await asyncio.wait({drained}, timeout=LINGER)
+        if service.load.live:  # the engine hangs: only its end tells the streams
+            await service.llm.end_engine()
+            await asyncio.wait({drained}, timeout=LINGER)
     drained.cancel()
 
 

@@ -16,13 +16,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from flover.server.errors import ApiError
 
 MAX_HEAD_BYTES = 65_536  # request line and headers
+HEADER_BYTES = 4  # of each header, beside its name and value
+TOO_LONG = f"the request's head is longer than {MAX_HEAD_BYTES} bytes"
 SEND_BUFFER = 128 << 10  # bytes in the kernel, beside asyncio's 64 KiB
 WRITE_SECONDS = 30.0  # for a client that lags to take what is buffered
 HEAD_SECONDS = 30.0  # from the first byte to the last
 
 
 class HttpProtocol(HttpToolsProtocol):
-    _head_bytes = 0
+    _head_bytes = 0  # received, perhaps with what follows the head
+    _parsed_bytes = 0
     _in_head = True
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -51,9 +54,23 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
+        self._in_head, self._parsed_bytes = True, 0
         if self._head_timer is None:  # a later request of the connection
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._late)
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value) + HEADER_BYTES)
+
+    def _count(self, nbytes: int) -> None:
+        """A head that comes with its end in one piece; the parser turns the error into `send_400_response`."""
+        self._parsed_bytes += nbytes
+        if self._parsed_bytes > MAX_HEAD_BYTES:
+            raise ValueError
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
@@ -65,10 +82,13 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._close_with(431, f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
+            self._close_with(431, TOO_LONG)
 
     def send_400_response(self, msg: str) -> None:
-        self._close_with(400, msg)
+        if self._parsed_bytes > MAX_HEAD_BYTES:
+            self._close_with(431, TOO_LONG)
+        else:
+            self._close_with(400, msg)
 
     def _late(self) -> None:
         self._head_timer = None

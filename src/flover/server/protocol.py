@@ -33,6 +33,9 @@ NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for noth
     "modalities": (*NOTHING, ["text"]),
     "chat_template": NOTHING,
     "use_beam_search": (None, False),
+    "continue_final_message": (None, False),
+    "truncate_prompt_tokens": (None,),
+    "prompt_logprobs": (None,),
 }
 
 
@@ -220,7 +223,11 @@ class ChatCompletionRequest(GenerationRequest):
         return None if self.tool_choice == "none" else self.tools or None
 
     def structured(self) -> StructuredOutputsParams | None:
-        wanted, called = super().structured(), call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
+        wanted = super().structured()
+        try:
+            called = call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
+        except RecursionError:
+            raise invalid("tools are nested too deeply", "tools") from None
         if called is None:
             return wanted
         if wanted is not None:

@@ -22,6 +22,7 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for not
     "prompt": (None,),
     "store": (None, False, True),  # asked for by default; this server has no store
 }
+LOGPROBS = "message.output_text.logprobs"  # in `include`; what else can be is of tools, images and reasoning
 ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "user")
 
 
@@ -31,6 +32,7 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: int | None = None
     top_logprobs: int | None = None
     text: dict[str, Any] | None = None
+    include: list[str] | None = None
     metadata: dict[str, Any] | None = None
 
     subject = "input"
@@ -68,8 +70,8 @@ class ResponsesRequest(GenerationRequest):
 
     def values(self) -> dict[str, Any]:
         values = super().values()
-        if self.top_logprobs is not None:
-            values["logprobs"] = self.top_logprobs
+        if self.top_logprobs is not None or LOGPROBS in (self.include or ()):
+            values["logprobs"] = self.top_logprobs or 0
         return values if self.max_output_tokens is None else {**values, "max_tokens": self.max_output_tokens}
 
     def error(self, error: ValueError) -> ApiError:
@@ -168,6 +170,7 @@ class ResponseAnswer(Completion):
 
     def _response(self, choice: CompletionOutput | None) -> Answer:
         status = "in_progress" if choice is None else _status(choice)
+        limited = choice is not None and choice.finish_reason == "length"
         request = self.request
         defaults = SamplingParams()
         return {
@@ -176,7 +179,7 @@ class ResponseAnswer(Completion):
             "created_at": self._head["created"],
             "status": status,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if limited else None,
             "model": self._head["model"],
             "output": [] if choice is None else [self._item(status, choice)],
             **{name: getattr(request, name) for name in ECHOED},
@@ -205,4 +208,4 @@ class ResponseAnswer(Completion):
 
 
 def _status(choice: CompletionOutput) -> str:
-    return "incomplete" if choice.finish_reason == "length" else "completed"
+    return "completed" if choice.finish_reason not in (None, "length") else "incomplete"

@@ -64,22 +64,31 @@ def call_schema(tools: Sequence[Tool] | None, choice: str | Tool | None, paralle
         return dict(functions[name])
     if choice != "required":
         return None
-    definitions: Tool = {}
-    for name, schema in functions.items():
-        for key, value in (schema.get("$defs") or {}).items():
-            if definitions.setdefault(key, value) != value:
-                raise invalid(f"tools: $defs holds {key!r} with two meanings; the last in {name}", "tools")
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"enum": [name]}, "parameters": {k: v for k, v in schema.items() if k != "$defs"}},
+            "properties": {"name": {"enum": [name]}, "parameters": {"$ref": f"#/$defs/{name}"}},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for name, schema in functions.items()
+        for name in functions
     ]
     limit = {"maxItems": 1} if parallel is False else {}
+    definitions = {name: _moved(schema, f"#/$defs/{name}") for name, schema in functions.items()}
     return {"type": "array", "minItems": 1, **limit, "items": {"anyOf": calls}, "$defs": definitions}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references within itself (`#`, `#/$defs/x`, `#/definitions/x`) hold at another place."""
+    if isinstance(schema, list):
+        return [_moved(one, place) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        moved["$ref"] = place + target[1:]
+    return moved
 
 
 _ANY: Tool = {"type": "object"}
