@@ -25,11 +25,16 @@ def end_with_parent(parent: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent()
+    if sys.platform == "linux" and os.getppid() != parent:  # it died before that
+        sys.exit(1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # a watchdog asks, before it kills
+
+
+def die_with_parent() -> None:
+    """On Linux: SIGKILL when the thread ends that started this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before that
-            sys.exit(1)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # a watchdog asks, before it kills
 
 
 def end_soon() -> None:

@@ -154,12 +154,11 @@ def _load(
     where: tuple[str, int] | None,
     make_local: Callable[[Group], LocalExecutor],
 ) -> GroupExecutor:
-    size = config.engine.num_ranks
     for rank, hello in ranks.expect(Hello, JOIN_SECONDS):
         if hello.version != flover.__version__:
             raise ValueError(f"rank {rank} runs flover {hello.version}, rank 0 runs {flover.__version__}")
     prefix = secrets.token_hex(8)  # a store may have seen other groups
-    ranks.broadcast(Setup(size, config, prefix, where))
+    ranks.broadcast(Setup(config, prefix, where))
     check_alike(describe(config, folder), ranks.expect(Described))
     ranks.broadcast(Go())
     group = _in_background(lambda: meet(store, prefix, 0, config, address), ranks)

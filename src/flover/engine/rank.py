@@ -7,10 +7,8 @@ rows with what rank 0 does.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -48,13 +46,13 @@ from flover.engine.wire import (
     Trouble,
     WarmUp,
 )
+from flover.lifeline import die_with_parent
 from flover.models.loader import resolve_model
 from flover.startup import StartupTimes
 
 BEAT_SECONDS = 0.5
 FIND_SECONDS = 300.0  # for rank 0 to measure its memory and listen
 RUN_AHEAD = 2  # steps whose results a device may owe
-PR_SET_PDEATHSIG = 1
 
 
 class DisagreementError(RuntimeError):
@@ -223,8 +221,8 @@ def join(launch: Launch) -> int:
 
 def main(fd: int, number: int, with_parent: bool) -> int:
     """-> exit code. with_parent: end with the thread that started this, which is its process's first."""
-    if with_parent and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if with_parent:
+        die_with_parent()
     connection = Connection(socket.socket(fileno=fd), ToRank)
     end_with(connection)
     return Rank(connection, number).run()

@@ -167,7 +167,7 @@ FromEngine: TypeAlias = Ready | Failed | Stepped
 
 
 class Hello(msgspec.Struct, array_like=True, tag="hello"):
-    """A rank's first message. secret: of a rank that connects; it was told where by whom it joins."""
+    """A rank's first message. secret: what rank 0 has published, of a rank that connects by itself."""
 
     rank: int
     version: str
@@ -175,9 +175,8 @@ class Hello(msgspec.Struct, array_like=True, tag="hello"):
 
 
 class Setup(msgspec.Struct, array_like=True, tag="setup"):
-    """What a rank is to be. store: where the ranks meet, `host port prefix`; none: where it has joined."""
+    """What a rank is to be. store: host and port where ranks meet, none: where it joined; prefix: of its keys."""
 
-    size: int
     resolved: ResolvedConfig
     prefix: str
     store: tuple[str, int] | None
