@@ -47,10 +47,11 @@ def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor
     return _invariant.tiled_map(function, x) if batch_invariant else function(x)
 
 
-def gated(
-    x: Tensor, name: str, *, batch_invariant: bool = False, quantise: torch.dtype | None = None
-) -> Tensor | Tokens:
-    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up, in 8 bits if asked."""
+def gated(x: Tensor, name: str, *, batch_invariant: bool = False, quantise: torch.dtype | None = None) -> Any:
+    """x `[num_tokens, 2n]`, gate and up side by side -> act(gate) * up.
+
+    quantise: the result is `Tokens` of this type of 8 bits; None: a tensor in x's dtype.
+    """
     gate, up = x.chunk(2, -1)
     out = activation(gate, name, batch_invariant=batch_invariant) * up
     return out if quantise is None else quantise_tokens(out, quantise)
@@ -58,8 +59,9 @@ def gated(
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
     """act(x @ gate.T) * (x @ up.T), weight = gate over up."""
-    gate, up = linear(x, weight, bias, batch_invariant=batch_invariant).chunk(2, -1)
-    return activation(gate, name, batch_invariant=batch_invariant) * up
+    out = linear(x, weight, bias, batch_invariant=batch_invariant)
+    product: Tensor = gated(out, name, batch_invariant=batch_invariant)
+    return product
 
 
 def quantised_gated_linear(
@@ -72,7 +74,7 @@ def quantised_gated_linear(
     quantise_x: bool = False,
     quantise: torch.dtype | None = None,
     batch_invariant: bool = False,
-) -> Tensor | Tokens:
+) -> Any:
     """`gated_linear` with a weight of 8 bits and its scale. quantise: of the result, as in `gated`."""
     out = quantised_linear(x, weight, scale, bias, quantise_x=quantise_x, batch_invariant=batch_invariant)
     return gated(out, name, batch_invariant=batch_invariant, quantise=quantise)

@@ -1,10 +1,11 @@
 """The GPU backend: Triton kernels, each with its specification in kernels/reference, under the same names."""
 
 from flover.kernels.triton.attention import attention
-from flover.kernels.triton.fused import activation, gated, layer_norm, rms_norm, rotary_store, rotary_tables
+from flover.kernels.triton.fused import activation, gated, layer_norm, rms_norm
 from flover.kernels.triton.kv_cache import copy_blocks, poison_blocks
 from flover.kernels.triton.linear import gated_linear, linear
 from flover.kernels.triton.quantised import quantised_gated_linear, quantised_linear
+from flover.kernels.triton.rotary import rotary_store, rotary_tables
 from flover.kernels.triton.sampling import draw
 
 __all__ = [

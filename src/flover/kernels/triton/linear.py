@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from flover.kernels.triton.fused import _activation
+from flover.kernels.triton.fused import gated
 from flover.kernels.triton.product import Tiling, _launch, _launch_one
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
@@ -74,7 +74,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
     if x.shape[0] == 1 and chosen is not None:
         return _launch_one(x, weight, bias, name)
     if chosen is None or chosen.split_k > 1 or weight.shape[0] % 128:
-        out: Tensor = _activation(linear(x, weight, bias, batch_invariant=batch_invariant), name, True)
+        out: Tensor = gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
         return out
     if chosen.block_k == 128:  # up to 16 rows: a whole tile of each fits, with fewer stages
         chosen = chosen._replace(num_stages=4)

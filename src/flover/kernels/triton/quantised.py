@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flover.kernels.reference.quantised import LARGEST, Tokens
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
-from flover.kernels.triton.fused import _activation, _store_row, gated
+from flover.kernels.triton.fused import _store_row, gated
 from flover.kernels.triton.product import Scales, Tiling, _launch, _launch_one
 
 HALF = (torch.float16, torch.bfloat16)
@@ -174,7 +174,7 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales: Scal
     if gate and t.split_k == 1 and N % t.block_n == 0 and K % t.block_k == 0:
         return _launch(x, weight, bias, _block_m(M), half, gate, scales)
     out = _launch(x, weight, bias, _block_m(M), t, "", scales)
-    return _activation(out, gate, True) if gate else out
+    return gated(out, gate) if gate else out
 
 
 def _product(
