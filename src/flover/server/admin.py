@@ -11,12 +11,12 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from flover.server.bodies import json_response
 from flover.server.service import Service
 
 
@@ -27,11 +27,11 @@ def make_admin(service: Service, drain: Callable[[], None]) -> Starlette:
         live = {name: {"label": one.label, "tokens": one.num_tokens} for name, one in service.load.live.items()}
         free, cached, used = service.metrics.blocks
         blocks = {"free": free, "cached": cached, "used": used}
-        return _json({"state": service.state, "live": live, "kv_blocks": blocks})
+        return json_response({"state": service.state, "live": live, "kv_blocks": blocks})
 
     async def drain_all(request: Request) -> Response:
         drain()
-        return _json({"draining": len(service.load.live)})
+        return json_response({"draining": len(service.load.live)})
 
     async def abort(request: Request) -> Response:
         given = request.path_params["request_id"]
@@ -39,11 +39,11 @@ def make_admin(service: Service, drain: Callable[[], None]) -> Starlette:
         service.withdraw(names, "admin")
         for name in names:
             await service.llm.abort(name)
-        return _json({"aborted": names}, 200 if names else 404)
+        return json_response({"aborted": names}, 200 if names else 404)
 
     async def reset_cache(request: Request) -> Response:
         service.llm.reset_prefix_cache()
-        return _json({"reset": True})
+        return json_response({"reset": True})
 
     return Starlette(
         routes=[
@@ -78,7 +78,3 @@ def bind_admin(path: Path) -> socket.socket:
 def _answer(name: str) -> str:
     """The id that clients know, of a prompt's name."""
     return name.rpartition("-")[0]
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
