@@ -20,6 +20,7 @@ from flover import AsyncLLM, SamplingParams
 from flover.config import EngineConfig
 from flover.engine.engine import EngineCore
 from flover.engine.links import GroupDeadError
+from flover.engine.remote import EngineDeadError
 from flover.request import FinishReason, Request, RowSampling
 
 LIMIT = 5.0  # seconds from the fault to the last error
@@ -98,10 +99,12 @@ def test_a_server_says_so_and_ends(tmp_path: Path) -> None:
         params = SamplingParams(max_tokens=500, ignore_eos=True)
 
         async def one(number: int) -> str | None:
-            error = None
-            async for output in llm.generate([1, 2, number], params):
-                error = output.outputs[0].error
-            return error
+            try:
+                async for _ in llm.generate([1, 2, number], params):
+                    pass
+            except EngineDeadError as error:  # to a server this is 503 engine_dead
+                return str(error)
+            return None
 
         tasks = [asyncio.create_task(one(number)) for number in range(4)]
         await asyncio.sleep(1.0)

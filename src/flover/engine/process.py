@@ -53,11 +53,13 @@ class EngineProcess:
                     return 0
                 if message is not LOST:
                     self._take(message)
-                elif not core.has_unfinished():  # else the next step says it to every request
+                elif not core.has_unfinished():  # else the next step learns why
                     return 1
-            self._report(core.step())
-            if core.dead is not None:  # every request has ended with the error; who starts an engine again, does
+            output = core.step()
+            if core.dead is not None:  # so is this engine, for every request
+                self._connection.send(Failed(str(core.dead)))
                 return 1
+            self._report(output)
 
     def _report(self, output: StepOutput) -> None:
         kv = self._core.scheduler.kv

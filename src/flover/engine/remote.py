@@ -138,8 +138,15 @@ class RemoteCore:
         return bool(self._requests)
 
     def step(self) -> StepOutput:
-        """What the engine's next step gave; waits for it."""
-        return self._take_in(self._next())
+        """What the engine's next step gave; waits for it.
+
+        Raises:
+            EngineDeadError: the process has ended, or says why it does.
+        """
+        message = self._next()
+        if isinstance(message, Failed):
+            raise EngineDeadError(message.message)
+        return self._take_in(message)
 
     def watch(self, on: bool) -> None:
         """Whether the statistics of steps shall name their rows, as under record_timeline."""

@@ -116,7 +116,7 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):
-    """It has not, and why in one line."""
+    """It has not started, or cannot go on; why in one line."""
 
     message: str
 
