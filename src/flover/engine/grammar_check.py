@@ -76,7 +76,8 @@ class GrammarChecker:
             self.close()
             if code == -signal.SIGXCPU:
                 return f"it takes more than {COMPILE_SECONDS} s; a smaller or simpler one works"
-            return f"it takes more than {COMPILE_BYTES >> 20} MiB of memory; a smaller or simpler one works"
+            why = f"its compiler ended with exit code {code}, as where {COMPILE_BYTES >> 20} MiB of memory are too few"
+            return f"{why}; a smaller or simpler one may work"
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._child is None:
