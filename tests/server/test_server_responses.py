@@ -12,7 +12,10 @@ import openai
 import pytest
 from serving import Server, serve
 
+from flover import SamplingParams
 from flover.cli import main
+from flover.server.protocol import decode
+from flover.server.responses import ResponseAnswer, ResponsesRequest
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,14 @@ def test_a_response_is_the_chat(client: openai.OpenAI) -> None:
         model="kjv-llama", input=items, instructions="Answer.", max_output_tokens=12, **more
     )
     assert listed.output_text == whole.output_text
+
+
+def test_what_is_told_of_sampling_is_what_was_used() -> None:
+    """Also where the defaults are those of generation_config.json."""
+    request = decode(b'{"input": "Who?", "top_p": 0.8}', ResponsesRequest)
+    params = request.sampling_params(SamplingParams(temperature=0.25, top_p=0.5))
+    told = ResponseAnswer(request, params, "kjv-llama", 1)._response(None)
+    assert (told["temperature"], told["top_p"], told["metadata"]) == (0.25, 0.8, {})
 
 
 def test_stream_events(client: openai.OpenAI, server: Server) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flover
-from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
+from flover.request import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs, is_own_fault
 from flover.server.errors import SERVER, ApiError, aborted
 from flover.server.protocol import ChatCompletionRequest, GenerationRequest
 from flover.server.sse import DONE, event
@@ -36,12 +36,13 @@ class Completion:
     def __init__(
         self,
         request: GenerationRequest,
+        params: SamplingParams,
         model: str,
         num_prompts: int,
         tool_format: str | None = None,
     ) -> None:
-        self.request, self.num_prompts, self.tool_format = request, num_prompts, tool_format
-        self.n, self.include_usage = request.n or 1, request.include_usage
+        self.request, self.params, self.num_prompts, self.tool_format = request, params, num_prompts, tool_format
+        self.n, self.include_usage = params.n, request.include_usage
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
         self._newest: dict[int, RequestOutput] = {}  # by prompt

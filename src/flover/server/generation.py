@@ -56,7 +56,7 @@ class Generation:
             prompts = [await conversation(service, request)]
         request.check_rows(len(prompts))
         service.check_room(params.n * len(prompts))  # before the work; what came meanwhile is seen below
-        answer: Completion = self.answer(request, model, len(prompts), service.tool_format)
+        answer: Completion = self.answer(request, params, model, len(prompts), service.tool_format)
         salt = scope.get("state", {}).get("key", "") + (request.cache_salt or "")
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar
 
-from flover.request import CompletionOutput, RequestOutput, SamplingParams, show
+from flover.request import CompletionOutput, RequestOutput, show
 from flover.server.answers import Answer, Completion, chat_logprobs
 from flover.server.errors import ApiError, invalid
 from flover.server.protocol import GenerationRequest, check_logprobs, format_schema
@@ -23,7 +23,7 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for not
     "store": (None, False, True),  # asked for by default; this server has no store
 }
 LOGPROBS = "message.output_text.logprobs"  # in `include`; what else can be is of tools, images and reasoning
-ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "user")
+ECHOED = ("instructions", "max_output_tokens", "user")
 
 
 class ResponsesRequest(GenerationRequest):
@@ -110,11 +110,6 @@ class ResponseAnswer(Completion):
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._number = 0
 
-    async def whole(self, outputs: AsyncIterator[RequestOutput]) -> Answer:
-        async for output in outputs:
-            self._take(output)
-        return self.so_far()
-
     def so_far(self) -> Answer:
         return self._response(self._choice_of(self._newest[0])) if self._newest else {}
 
@@ -172,7 +167,6 @@ class ResponseAnswer(Completion):
         status = "in_progress" if choice is None else _status(choice)
         limited = choice is not None and choice.finish_reason == "length"
         request = self.request
-        defaults = SamplingParams()
         return {
             "id": self.id,
             "object": "response",
@@ -183,8 +177,8 @@ class ResponseAnswer(Completion):
             "model": self._head["model"],
             "output": [] if choice is None else [self._item(status, choice)],
             **{name: getattr(request, name) for name in ECHOED},
-            "temperature": defaults.temperature if request.temperature is None else request.temperature,
-            "top_p": defaults.top_p if request.top_p is None else request.top_p,
+            "temperature": self.params.temperature,
+            "top_p": self.params.top_p,
             "metadata": request.metadata or {},
             "text": request.text or {"format": {"type": "text"}},
             "parallel_tool_calls": True,
