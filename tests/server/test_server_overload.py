@@ -20,7 +20,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from flover import AsyncLLM
 from flover.server import http as server_http
 from flover.server import sse
-from flover.server.front import http_server
 from flover.server.records import EndRecord, RequestLog
 from flover.server.restarts import MAX_DELAY, STEADY_SECONDS, Restarts
 from flover.server.tracing import Tracing
@@ -162,7 +161,7 @@ def test_a_reader_that_stalls_is_cut_off_and_others_are_not(llm: AsyncLLM, monke
 
     async def test(service: Steps, app: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
-        server = http_server(app)
+        server = server_http.http_server(app)
         serving = asyncio.create_task(server.serve([listener]))
         stalled = socket.socket()
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
-from collections.abc import Generator
-
-import uvicorn
 
 from flover.cluster.ingress import Ingress, watch
 from flover.cluster.ray import ask
-from flover.server.http import HttpProtocol
+from flover.server.http import http_server
 from flover.server.serve import url
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, but the signals are ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
 
 
 async def serve_ingress(listener: socket.socket, ingress: Ingress, app: str, drain: float) -> int:
     """Serve until SIGTERM or SIGINT, then let what runs finish, `drain` seconds at most. -> exit code."""
-    settings = uvicorn.Config(
-        ingress.app,
-        http=HttpProtocol,
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=2,
-    )
-    server = _Server(settings)
+    server = http_server(ingress.app)
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,11 +13,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import uvicorn
 
 from flover.async_llm import AsyncLLM
 from flover.engine.remote import EngineDeadError
@@ -26,14 +24,13 @@ from flover.lifeline import end_soon, end_with_parent
 from flover.server.admin import bind_admin, make_admin
 from flover.server.app import make_app
 from flover.server.control import Abort, Drain, Failed, Leaving, Serving, Setup, ToFront
-from flover.server.http import HttpProtocol
+from flover.server.http import LINGER, HttpServer, http_server
 from flover.server.records import RequestLog
 from flover.server.restarts import Restarts
 from flover.server.service import Service
 from flover.server.tracing import Tracing
 from flover.server.watchdog import Watchdog
 
-LINGER = 2.0  # seconds for last answers to reach their clients
 TICK = 0.25  # seconds between looks at the engine
 logger = logging.getLogger("flover")
 
@@ -83,32 +80,6 @@ def main(listener_fd: int, channel_fd: int, parent: int) -> int:
             llm.shutdown()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, but signals are the supervisor's."""
-
-    task: asyncio.Task[None] | None = None
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
-def http_server(app: Any) -> _Server:
-    """uvicorn over an application, with our protocol and nothing of its own."""
-    settings = uvicorn.Config(
-        app,
-        http=HttpProtocol,
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=int(LINGER),
-    )
-    return _Server(settings)
-
-
 async def _serve(service: Service, listener: socket.socket, supervisor: Supervised) -> int:
     service.llm.attach()
     told: asyncio.Queue[Any] = asyncio.Queue()
@@ -136,9 +107,10 @@ async def _serve(service: Service, listener: socket.socket, supervisor: Supervis
     await asyncio.gather(end, keeper, watch, return_exceptions=True)
     server.should_exit = True
     await serving
-    if admin is not None and admin.task is not None:
-        admin.should_exit = True
-        await admin.task
+    if admin is not None:
+        admin_server, admin_serving = admin
+        admin_server.should_exit = True
+        await admin_serving
     for close in closing:
         await asyncio.to_thread(close)
     return code
@@ -158,7 +130,9 @@ def _listen(service: Service) -> list[Callable[[], None]]:
     return closing
 
 
-async def _serve_admin(service: Service, told: asyncio.Queue[Any], supervisor: Supervised) -> _Server | None:
+async def _serve_admin(
+    service: Service, told: asyncio.Queue[Any], supervisor: Supervised
+) -> tuple[HttpServer, asyncio.Task[None]] | None:
     """The admin socket; a server does without where it cannot be made."""
     path = service.config.admin_socket
     if path in ("", "none"):
@@ -180,8 +154,7 @@ async def _serve_admin(service: Service, told: asyncio.Queue[Any], supervisor: S
             await server.serve([listener])
             Path(path).unlink(missing_ok=True)
 
-    server.task = asyncio.create_task(serve())
-    return server
+    return server, asyncio.create_task(serve())
 
 
 async def _until_told(service: Service, told: asyncio.Queue[Any]) -> None:

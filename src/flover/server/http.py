@@ -7,10 +7,14 @@ What cannot be parsed, or takes too long or too much before it can be, is answer
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import Generator
 from http import HTTPStatus
 
 import msgspec
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from flover.server.errors import ApiError
@@ -21,6 +25,7 @@ TOO_LONG = f"the request's head is longer than {MAX_HEAD_BYTES} bytes"
 SEND_BUFFER = 128 << 10  # bytes in the kernel, beside asyncio's 64 KiB
 WRITE_SECONDS = 30.0  # for a client that lags to take what is buffered
 HEAD_SECONDS = 30.0  # from the first byte to the last
+LINGER = 2.0  # for last answers to reach their clients
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -111,3 +116,27 @@ class HttpProtocol(HttpToolsProtocol):
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, but signals are for whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def http_server(app: ASGIApp) -> HttpServer:
+    """uvicorn over an application, with our protocol and nothing of its own."""
+    settings = uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=int(LINGER),
+    )
+    return HttpServer(settings)

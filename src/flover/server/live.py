@@ -83,7 +83,8 @@ class Watcher:
         }
         self._rows = stats.rows
         if len(self._numbers) > 2 * len(stats.rows) + 64:  # who has left is forgotten
-            self._numbers = {name: number for name, number in self._numbers.items() if name in set(stats.rows)}
+            rows = set(stats.rows)
+            self._numbers = {name: number for name, number in self._numbers.items() if name in rows}
         return step | {name: values for name, values in events.items() if values}
 
     def _number(self, request_id: str) -> int:
