@@ -17,7 +17,8 @@ import httpx
 import pytest
 from serving import Server, chat, serve
 
-from flover.server.protocol import CompletionRequest, Ignored, decode
+from flover.server.bodies import Ignored, decode
+from flover.server.protocol import CompletionRequest
 
 ROOT = Path(__file__).parents[2]
 GREEDY = {"prompt": "In the beginning", "max_tokens": 8, "temperature": 0}

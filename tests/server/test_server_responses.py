@@ -14,7 +14,7 @@ from serving import Server, serve
 
 from flover import SamplingParams
 from flover.cli import main
-from flover.server.protocol import decode
+from flover.server.bodies import decode
 from flover.server.responses import ResponseAnswer, ResponsesRequest
 
 

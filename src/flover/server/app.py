@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 import flover
 from flover.server.answers import ChatCompletion, Completion
-from flover.server.bodies import json_response, read_body
+from flover.server.bodies import Body, decode, json_response, read_body
 from flover.server.embeddings import EmbeddingAnswer, EmbeddingRequest
 from flover.server.errors import ApiError, internal, invalid
 from flover.server.generation import Generation, conversation
@@ -23,12 +23,10 @@ from flover.server.middleware import Auth, Bodies, RequestId
 from flover.server.openapi import openapi
 from flover.server.page import page_routes
 from flover.server.protocol import (
-    Body,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    decode,
 )
 from flover.server.responses import ResponseAnswer, ResponsesRequest
 from flover.server.service import Service

@@ -14,10 +14,10 @@ from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
 from flover.request import ContextLengthError, RequestOutput, SamplingParams
 from flover.server.answers import Completion, Echo
-from flover.server.bodies import json_response, read_body
+from flover.server.bodies import decode, json_response, read_body
 from flover.server.embeddings import ONE_TOKEN, EmbeddingRequest
 from flover.server.errors import ApiError, aborted, engine_dead, from_value_error
-from flover.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizeRequest, decode
+from flover.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 from flover.server.responses import ResponsesRequest
 from flover.server.service import Asked, Service
 from flover.server.sse import send_events, until_disconnect
@@ -85,7 +85,7 @@ class Generation:
         try:
             pooling = (request.pooling or "last") if isinstance(request, EmbeddingRequest) else ""
             prepared = await self.service.llm.prepare(prompt, params, request_id, cache_salt=salt, pooling=pooling)
-            wanted, length = request.values().get("max_tokens"), len(prepared.prompt_token_ids)
+            wanted, length = None if pooling else request.wanted, len(prepared.prompt_token_ids)
             if wanted is not None and length + wanted > self.service.max_model_len:
                 raise ContextLengthError(
                     f"max_tokens={wanted} and a prompt of {length} tokens are longer than the context of "

@@ -1,18 +1,16 @@
 """What clients send: the requests of the OpenAI API, with vLLM's extra sampling fields at top level.
 
-Types are checked here, and ranges by `SamplingParams`. Every error is a 400 that names the parameter and the value.
-Fields that are not known are ignored and logged once; those that ask for what is not there yet are refused.
+Ranges are checked by `SamplingParams`. Every error is a 400 that names the parameter and the value.
 """
 
 from __future__ import annotations
 
-import logging
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from flover.request import SamplingParams, show
+from flover.server.bodies import Body
 from flover.server.errors import ApiError, from_value_error, invalid
 from flover.server.tools import call_schema, check_tools
 from flover.structured import StructuredOutputsParams
@@ -20,49 +18,8 @@ from flover.structured import StructuredOutputsParams
 MAX_LOGPROBS = 20
 MAX_ROWS = 1024  # choices of one request, over all its prompts
 MAX_ENTRIES = 1 << 20  # of a list, times the rows
-MAX_TOLD = 256  # names of ignored fields
-logger = logging.getLogger("flover")
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's older names
 MAX_SECONDS = 1e6
-NOTHING: tuple[Any, ...] = (None, [], {}, "")
-NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
-    "suffix": NOTHING,
-    "functions": NOTHING,
-    "function_call": (*NOTHING, "none", "auto"),
-    "audio": NOTHING,
-    "modalities": (*NOTHING, ["text"]),
-    "chat_template": NOTHING,
-    "use_beam_search": (None, False),
-    "continue_final_message": (None, False),
-    "truncate_prompt_tokens": (None,),
-    "prompt_logprobs": (None,),
-}
-
-
-class Body(BaseModel):
-    """A JSON object; strict: `"2"` is no number and `true` no integer."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    def check(self) -> None:
-        """Refuse what is not there yet."""
-        for name, idle in NOT_YET.items():
-            value = (self.model_extra or {}).get(name)
-            if not any(value == one and type(value) is type(one) for one in idle):
-                raise invalid(f"{name} is not supported, got {show(value)}", name)
-
-
-class Ignored:
-    """Fields that nobody here knows, told once each: most are other servers', some are spelling mistakes."""
-
-    def __init__(self) -> None:
-        self._told: set[str] = set()
-
-    def note(self, body: Body) -> None:
-        new = [name for name in body.model_extra or () if name not in self._told and name not in NOT_YET]
-        if new and len(self._told) < MAX_TOLD:
-            self._told.update(new)
-            logger.warning("fields of a request are ignored: %s", ", ".join(show(name) for name in new[:20]))
 
 
 class StreamOptions(BaseModel):
@@ -110,6 +67,7 @@ class GenerationRequest(Body):
     cache_salt: str | None = None
 
     subject: ClassVar[str]  # the field that an error is about when it names no other
+    limit: ClassVar[str] = "max_tokens"  # what the endpoint calls it by now
 
     def check(self) -> None:
         super().check()
@@ -126,6 +84,8 @@ class GenerationRequest(Body):
         """What was given of `SamplingParams`' fields."""
         names = SamplingParams.__dataclass_fields__
         values = {k: v for k in type(self).model_fields if k in names and (v := getattr(self, k)) is not None}
+        if self.wanted is not None:
+            values["max_tokens"] = self.wanted
         structured = self.structured()
         return values if structured is None else {**values, "structured_outputs": structured}
 
@@ -160,6 +120,8 @@ class GenerationRequest(Body):
             names = ("response_format", *GUIDED, "tools", "text")
             result.param = next((n for n in names if getattr(self, n, None)), self.subject)
             result.message = result.message.replace("structured_outputs", result.param, 1)
+        elif result.param == "max_tokens" and getattr(self, self.limit) is not None:
+            result.param, result.message = self.limit, result.message.replace("max_tokens", self.limit)
         return result
 
     def check_rows(self, num_prompts: int) -> None:
@@ -171,6 +133,12 @@ class GenerationRequest(Body):
             size = len(getattr(self, name) or ())
             if size * n * num_prompts > MAX_ENTRIES:
                 raise invalid(f"{name} of {size} entries for {n * num_prompts} choices is too much", name)
+
+    @property
+    def wanted(self) -> int | None:
+        """max_tokens, under either name."""
+        newer: int | None = getattr(self, self.limit)
+        return self.max_tokens if newer is None else newer
 
     @property
     def include_usage(self) -> bool:
@@ -208,7 +176,7 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
-    subject = "messages"
+    subject, limit = "messages", "max_completion_tokens"
 
     def check(self) -> None:
         super().check()
@@ -242,16 +210,7 @@ class ChatCompletionRequest(GenerationRequest):
         values.pop("logprobs", None)
         if self.logprobs:
             values["logprobs"] = self.top_logprobs or 0
-        if self.max_completion_tokens is not None:
-            values["max_tokens"] = self.max_completion_tokens
         return values
-
-    def error(self, error: ValueError) -> ApiError:
-        result = super().error(error)
-        if result.param == "max_tokens" and self.max_completion_tokens is not None:
-            result.param = "max_completion_tokens"
-            result.message = result.message.replace("max_tokens", "max_completion_tokens")
-        return result
 
 
 class TokenizeRequest(Body):
@@ -321,34 +280,3 @@ def format_schema(value: Any, name: str = "response_format") -> dict[str, Any] |
 def check_logprobs(name: str, value: int | None) -> None:
     if value is not None and not 0 <= value <= MAX_LOGPROBS:
         raise invalid(f"{name} must be in [0, {MAX_LOGPROBS}], got {show(value)}", name)
-
-
-B = TypeVar("B", bound=Body)
-
-
-def decode(body: bytes, kind: type[B]) -> B:
-    """A request from its JSON; ApiError if it is none."""
-    try:
-        value = msgspec.json.decode(body)
-    except RecursionError:
-        raise invalid("the body is nested too deeply") from None
-    except ValueError as error:  # malformed, not UTF-8, or a number without end
-        raise invalid(f"the body is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise invalid(f"the body must be a JSON object, got {show(value)}")
-    try:
-        request = kind.model_validate(value)
-    except ValidationError as error:
-        raise _from_validation(error) from None
-    request.check()
-    return request
-
-
-def _from_validation(error: ValidationError) -> ApiError:
-    """The first parameter at fault, with all the types that it may have."""
-    details = error.errors(include_url=False, include_context=False)
-    param = str(details[0]["loc"][0])
-    if details[0]["type"] == "missing":
-        return invalid(f"{param} is required", param)
-    wanted = {detail["msg"].removeprefix("Input should be ") for detail in details if str(detail["loc"][0]) == param}
-    return invalid(f"{param} must be {' or '.join(sorted(wanted))}, got {show(details[0]['input'])}", param)

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 from flover.request import CompletionOutput, RequestOutput, show
 from flover.server.answers import Answer, Completion, chat_logprobs
+from flover.server.bodies import NOT_YET
 from flover.server.errors import ApiError, invalid
 from flover.server.protocol import GenerationRequest, check_logprobs, format_schema
 from flover.server.sse import event
 from flover.structured import StructuredOutputsParams
 
-NOT_HERE: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
+NOT_HERE = NOT_YET | {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "previous_response_id": (None,),
@@ -35,17 +36,13 @@ class ResponsesRequest(GenerationRequest):
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
 
-    subject = "input"
+    subject, limit, refused = "input", "max_output_tokens", NOT_HERE
     add_generation_prompt: ClassVar[bool | None] = None
     chat_template_kwargs: ClassVar[None] = None
     given_tools: ClassVar[None] = None
 
     def check(self) -> None:
         super().check()
-        for name, idle in NOT_HERE.items():
-            value = (self.model_extra or {}).get(name)
-            if value not in idle:
-                raise invalid(f"{name} is not supported here, got {show(value)}", name)
         if (self.n or 1) != 1:
             raise invalid(f"n must be 1, got {self.n}", "n")
         check_logprobs("top_logprobs", self.top_logprobs)
@@ -72,16 +69,7 @@ class ResponsesRequest(GenerationRequest):
         values = super().values()
         if self.top_logprobs is not None or LOGPROBS in (self.include or ()):
             values["logprobs"] = self.top_logprobs or 0
-        return values if self.max_output_tokens is None else {**values, "max_tokens": self.max_output_tokens}
-
-    def error(self, error: ValueError) -> ApiError:
-        result = super().error(error)
-        if result.param == "max_tokens":
-            result.param, result.message = (
-                "max_output_tokens",
-                result.message.replace("max_tokens", "max_output_tokens"),
-            )
-        return result
+        return values
 
 
 def _message(item: dict[str, Any]) -> dict[str, Any]:

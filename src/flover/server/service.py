@@ -12,12 +12,12 @@ from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
 from flover.metrics import StepStats
 from flover.request import RequestOutput
+from flover.server.bodies import Ignored
 from flover.server.config import ServerConfig
 from flover.server.errors import ApiError, deadline, draining, engine_dead
 from flover.server.live import Live
 from flover.server.load import Load
 from flover.server.metrics import Metrics
-from flover.server.protocol import Ignored
 from flover.server.tool_parsers import FORMATS, detect
 
 
