@@ -1,7 +1,8 @@
 """`Group`: the ranks that compute one model together, and what they say to each other.
 
 Alone, every collective is its argument. Collectives come in the same order on all ranks, since all run the same plans.
-gloo on a CPU, NCCL on GPUs. No group is ambient: layers, sampler and runner are given theirs.
+gloo on a CPU, NCCL on GPUs, and for small sums of GPUs that reach each other's memory an `Exchange`. No group is
+ambient: layers, sampler and runner are given theirs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -74,12 +75,21 @@ class Pipe:
 WHOLE = Pipe()
 
 
+class Exchange(Protocol):
+    """Memory that kernels of all ranks share (`kernels.triton.exchange`), for sums of what `fits`."""
+
+    def fits(self, x: Tensor) -> bool: ...
+    def all_reduce(self, x: Tensor) -> Tensor: ...
+    def close(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Group:
     """Rank and size; by itself a group of shapes: what a rank computes can be measured without the others.
 
     ordered: sums do not depend on the backend's order: parts are gathered and added by rank (batch_invariant).
     capturable: its collectives can be part of a CUDA graph. pipe: the stage that this group computes.
+    exchange: for small sums; None: there is none.
     """
 
     rank: int = 0
@@ -87,6 +97,7 @@ class Group:
     ordered: bool = False
     capturable: bool = True
     pipe: Pipe = WHOLE
+    exchange: Exchange | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks; x may be overwritten."""
@@ -118,6 +129,26 @@ class Group:
 ALONE = Group()
 
 
+class Partial:
+    """A rank's part of a sum over the ranks that nobody has taken yet.
+
+    A norm takes it on its way (`layers.norm`); parts of two sums are added first, and then it is one sum.
+    """
+
+    def __init__(self, part: Tensor, group: Group) -> None:
+        self.part, self.group = part, group
+
+    def whole(self) -> Tensor:
+        return self.group.all_reduce(self.part)
+
+    def __add__(self, other: Tensor | Partial) -> Tensor | Partial:
+        if isinstance(other, Partial):
+            return Partial(self.part + other.part, self.group)
+        return self.whole() + other
+
+    __radd__ = __add__
+
+
 class ProcessGroup(Group):
     """Ranks that are connected.
 
@@ -132,6 +163,8 @@ class ProcessGroup(Group):
         self._backend = backend
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.exchange is not None and self.exchange.fits(x):
+            return self.exchange.all_reduce(x)  # by rank, too
         if self.ordered and self.size > 2:  # of two, either order has the same bits
             total, *others = self.gather(x).unbind()
             for other in others:
@@ -159,6 +192,8 @@ class ProcessGroup(Group):
         return x
 
     def close(self) -> None:
+        if self.exchange is not None:
+            self.exchange.close()
         with suppress(Exception):  # what is broken need not be left in order
             self._backend.abort()
         Group.close(self)

@@ -31,13 +31,12 @@ from flover.engine.links import GroupDeadError
 from flover.engine.runner import ModelRunner
 from flover.engine.scheduler import Scheduler
 from flover.engine.step import Step, StepOutput
-from flover.kernels.dispatch import backend_for
 from flover.kv.paged import PagedLayout
 from flover.kv.protocol import KVLayout
 from flover.kv.slab import SlabLayout, SlabMode
 from flover.models.base import CausalLM
 from flover.models.loader import resolve_model, weight_bytes
-from flover.models.registry import model_class
+from flover.models.registry import backend_of, model_class
 from flover.parallel import ALONE, Group
 from flover.request import FinishReason, Request
 from flover.resolve import effective_dtype, of_a_stage, resolve
@@ -101,12 +100,6 @@ def make_layout(kv: KVConfig) -> KVLayout:
     return PagedLayout(kv.num_blocks, kv.block_size, enable_prefix_caching=kv.prefix_caching)
 
 
-def _on_triton(config: ResolvedConfig) -> bool:
-    device, dtype = torch.device(config.engine.device), getattr(torch, config.engine.dtype)
-    only = getattr(model_class(config.model.architecture), "BACKEND", None)  # EchoModel has no kernels
-    return (only or backend_for(device, dtype, config.model.head_dim)) == "triton"
-
-
 def make_runner(
     config: ResolvedConfig,
     folder: Path,
@@ -116,7 +109,7 @@ def make_runner(
     group: Group = ALONE,
 ) -> ModelRunner:
     """The runner that fits backend and device. model: of another runner, whose weights this one shares."""
-    if not _on_triton(config):
+    if backend_of(config) != "triton":
         return ModelRunner(config, folder, times=times, model=model, group=group)
     from flover.engine.gpu_runner import GpuRunner  # triton is not everywhere
 
@@ -131,7 +124,7 @@ def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> 
 
     def local(group: Group) -> InlineExecutor | ThreadExecutor:
         make = partial(make_runner, config, folder, times, group=group)
-        return InlineExecutor(make()) if _on_triton(config) else ThreadExecutor(make)
+        return InlineExecutor(make()) if backend_of(config) == "triton" else ThreadExecutor(make)
 
     return local(ALONE) if config.engine.num_ranks == 1 else form_group(config, folder, local)
 
@@ -178,7 +171,7 @@ def settle(
     times = times or StartupTimes()
     with times.phase("config"):
         resolved = resolve(config, model, hardware, weights)  # refuses what cannot fit before anything is allocated
-    if _on_triton(resolved):
+    if backend_of(resolved) == "triton":
         with times.phase("imports"):
             from flover.engine.step_memory import measure_step_bytes  # and triton
 

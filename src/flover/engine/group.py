@@ -58,6 +58,7 @@ class GroupExecutor:
     def __init__(self, ranks: Ranks, local: LocalExecutor, max_rows: int, leave: Callable[[], None]) -> None:
         self._ranks, self._local, self._leave = ranks, local, leave
         ranks.serving = True
+        ranks.when_lost = leave  # a device that waits for a lost rank waits no longer
         self._digest = RowDigest(max_rows)
         self._sequence = 0
         self._last: _Watched | None = None
@@ -86,7 +87,12 @@ class GroupExecutor:
 
     def when_lost(self, call: Callable[[], None]) -> None:
         """Call it once a rank is lost, also while no step runs that would say so."""
-        self._ranks.when_lost = call
+
+        def lost() -> None:
+            self._leave()
+            call()
+
+        self._ranks.when_lost = lost
 
     def warm_up(self, seconds: float) -> None:
         """See the runner's; ranks agree on when the time is over."""

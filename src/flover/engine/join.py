@@ -24,6 +24,7 @@ from flover.engine.group import GroupExecutor, LocalExecutor
 from flover.engine.launch import COMMAND, Launch, launched, ranks_here
 from flover.engine.links import JOIN_SECONDS, TICK, GroupDeadError, Ranks, await_ranks, start_ranks
 from flover.engine.wire import Described, Go, Hello, Loaded, Setup
+from flover.models.registry import backend_of
 from flover.parallel import Group, connect, connect_stages
 
 SAMPLE = 256  # bytes at the beginning, in the middle and at the end of each tensor
@@ -111,6 +112,10 @@ def meet(store: Any, prefix: str, rank: int, config: ResolvedConfig, address: st
     device = torch.device(engine.device)
     group = connect(own, place, engine.tensor_parallel_size, device, address, engine.batch_invariant)
     group.pipe = connect_stages(across, stages - 1 - behind, stages, address)
+    if group.size > 1 and group.capturable and backend_of(config) == "triton":
+        from flover.engine.peers import open_exchange  # triton is not everywhere
+
+        group.exchange = open_exchange(own, place, group.size, device)
     return group
 
 

@@ -48,11 +48,11 @@ class VirtualRange:
         for one in (self._properties, self._access):
             one.location.type, one.location.id = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, device
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        unit = int(_call(driver, "cuMemGetAllocationGranularity", self._properties, minimum))
+        unit = int(call(driver, "cuMemGetAllocationGranularity", self._properties, minimum))
         self.size = -(-num_bytes // unit) * unit
         self.chunk = -(-self.size // (CHUNKS * unit)) * unit
         self.tail = min(keep, num_bytes) // unit * unit
-        self.address = int(_call(driver, "cuMemAddressReserve", self.size, 0, 0, 0))
+        self.address = int(call(driver, "cuMemAddressReserve", self.size, 0, 0, 0))
         self._mapped = [0, self.size]  # where the head ends, where the tail begins; the finaliser's, so not attributes
         free = weakref.finalize(self, _free, driver, self.address, self.size, self._mapped)
         free.atexit = False  # the end of the process frees everything, and CUDA may be gone by then
@@ -81,7 +81,7 @@ class VirtualRange:
         if new > old:
             self._map(old, new)
         elif new < old:
-            _call(self._driver, "cuMemUnmap", self.address + new, old - new)
+            call(self._driver, "cuMemUnmap", self.address + new, old - new)
         self._mapped[0] = new
         return min(old, new), new
 
@@ -90,31 +90,32 @@ class VirtualRange:
         try:
             while at < end:
                 size = min(self.chunk, end - at)
-                handle = _call(self._driver, "cuMemCreate", size, self._properties, 0)
+                handle = call(self._driver, "cuMemCreate", size, self._properties, 0)
                 try:
-                    _call(self._driver, "cuMemMap", self.address + at, size, 0, handle, 0)
+                    call(self._driver, "cuMemMap", self.address + at, size, 0, handle, 0)
                 finally:
-                    _call(self._driver, "cuMemRelease", handle)
+                    call(self._driver, "cuMemRelease", handle)
                 at += size
             if end > start:
-                _call(self._driver, "cuMemSetAccess", self.address + start, end - start, [self._access], 1)
+                call(self._driver, "cuMemSetAccess", self.address + start, end - start, [self._access], 1)
         except RuntimeError:
             if at > start:
-                _call(self._driver, "cuMemUnmap", self.address + start, at - start)
+                call(self._driver, "cuMemUnmap", self.address + start, at - start)
             raise
 
 
 def _free(driver: Any, address: int, size: int, mapped: list[int]) -> None:
     """The memory of a range, then its address."""
     head, tail = mapped
-    _call(driver, "cuCtxSynchronize")  # kernels may still run
+    call(driver, "cuCtxSynchronize")  # kernels may still run
     for start, end in ((0, head), (tail, size)):
         if start < end:
-            _call(driver, "cuMemUnmap", address + start, end - start)
-    _call(driver, "cuMemAddressFree", address, size)
+            call(driver, "cuMemUnmap", address + start, end - start)
+    call(driver, "cuMemAddressFree", address, size)
 
 
-def _call(driver: Any, name: str, *arguments: Any) -> Any:
+def call(driver: Any, name: str, *arguments: Any) -> Any:
+    """A function of the driver: its result; RuntimeError, in one line, if it fails."""
     status, *values = getattr(driver, name)(*arguments)
     if int(status):
         text = driver.cuGetErrorString(status)[1]

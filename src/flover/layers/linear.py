@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flover.kernels.reference.quantised import Tokens, quantise_rows
 from flover.layers.activation import Activation
 from flover.layers.base import Layer
-from flover.parallel import Group
+from flover.parallel import Group, Partial
 from flover.sharding import Part, Range, kv_split, split
 
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -147,7 +147,7 @@ class QKVLinear(ColumnLinear):
 
 
 class RowLinear(Linear):
-    """Divided by inputs: a rank multiplies what it has, and the products are added. One of them has the bias."""
+    """Divided by inputs: a rank multiplies what it has, and the products are to be added. One of them has the bias."""
 
     def shard(self, group: Group) -> Mapping[str, Part]:
         super().shard(group)
@@ -160,5 +160,7 @@ class RowLinear(Linear):
     def largest(self, rows: Tensor) -> Tensor:
         return self.group.largest(super().largest(rows))
 
-    def forward(self, x: Tensor | Tokens) -> Tensor:
-        return self.group.all_reduce(super().forward(x))
+    def forward(self, x: Tensor | Tokens) -> Tensor | Partial:  # type: ignore[override]
+        """Among ranks a `Partial`: who reads the output takes the sum, most often a norm (`Norm.add`)."""
+        product = super().forward(x)
+        return product if self.group.size == 1 else Partial(product, self.group)

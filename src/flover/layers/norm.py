@@ -9,28 +9,36 @@ from torch import Tensor, nn
 
 from flover.layers.base import Layer
 from flover.layers.linear import Linear
+from flover.parallel import Partial
 
 
 class Norm(Layer):
     """What the two norms share: both add to the residual stream on the way."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(x, None)[0]
+    def forward(self, x: Tensor | Partial) -> Tensor:
+        return self.add(x.whole() if isinstance(x, Partial) else x, None)[0]
 
     @overload
-    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    def add(self, x: Tensor, delta: Tensor | Partial | None) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def add(self, x: Tensor, delta: Tensor | None, into: Linear) -> tuple[Any, Tensor]: ...
+    def add(self, x: Tensor, delta: Tensor | Partial | None, into: Linear) -> tuple[Any, Tensor]: ...
 
-    def add(self, x: Tensor, delta: Tensor | None, into: Linear | None = None) -> tuple[Any, Tensor]:
+    def add(self, x: Tensor, delta: Tensor | Partial | None, into: Linear | None = None) -> tuple[Any, Tensor]:
         """The residual step in one pass: (norm(x + delta), x + delta).
 
         into: the layer that reads the first; tokens that it wants in 8 bits (`Linear.token_dtype`) become so here.
         """
-        return self._add(x, delta, None if into is None else into.token_dtype)
+        options: dict[str, Any] = {"quantise": None if into is None else into.token_dtype}
+        if isinstance(delta, Partial):
+            exchange = delta.group.exchange
+            if exchange is not None and exchange.fits(delta.part):
+                delta, options["exchange"] = delta.part, exchange  # the kernel takes the sum
+            else:
+                delta = delta.whole()
+        return self._add(x, delta, options)
 
-    def _add(self, x: Tensor, delta: Tensor | None, quantise: torch.dtype | None) -> tuple[Any, Tensor]:
+    def _add(self, x: Tensor, delta: Tensor | None, options: dict[str, Any]) -> tuple[Any, Tensor]:
         raise NotImplementedError
 
 
@@ -42,9 +50,9 @@ class RMSNorm(Norm):
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
         self.eps, self.unit_offset = eps, unit_offset
 
-    def _add(self, x: Tensor, delta: Tensor | None, quantise: torch.dtype | None) -> tuple[Any, Tensor]:
+    def _add(self, x: Tensor, delta: Tensor | None, options: dict[str, Any]) -> tuple[Any, Tensor]:
         out: tuple[Any, Tensor] = self.ops.rms_norm(
-            x, self.weight, self.eps, unit_offset=self.unit_offset, residual=delta, quantise=quantise
+            x, self.weight, self.eps, unit_offset=self.unit_offset, residual=delta, **options
         )
         return out
 
@@ -58,8 +66,6 @@ class LayerNorm(Norm):
         self.bias = nn.Parameter(torch.empty(dim), requires_grad=False) if affine and bias else None
         self.eps = eps
 
-    def _add(self, x: Tensor, delta: Tensor | None, quantise: torch.dtype | None) -> tuple[Any, Tensor]:
-        out: tuple[Any, Tensor] = self.ops.layer_norm(
-            x, self.weight, self.bias, self.eps, residual=delta, quantise=quantise
-        )
+    def _add(self, x: Tensor, delta: Tensor | None, options: dict[str, Any]) -> tuple[Any, Tensor]:
+        out: tuple[Any, Tensor] = self.ops.layer_norm(x, self.weight, self.bias, self.eps, residual=delta, **options)
         return out

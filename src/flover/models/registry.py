@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
+
+from flover.config import ResolvedConfig
+from flover.kernels.dispatch import backend_for
 from flover.models.base import CausalLM
 
 ARCHITECTURES = {
@@ -33,3 +37,10 @@ def model_class(architecture: str) -> type[CausalLM]:
     module = import_module(f"flover.models.{ARCHITECTURES[architecture]}")
     found: type[CausalLM] = getattr(module, architecture)
     return found
+
+
+def backend_of(config: ResolvedConfig) -> str:
+    """What computes a model with these settings (`kernels.dispatch`)."""
+    device, dtype = torch.device(config.engine.device), getattr(torch, config.engine.dtype)
+    only = getattr(model_class(config.model.architecture), "BACKEND", None)  # EchoModel has no kernels
+    return only or backend_for(device, dtype, config.model.head_dim)

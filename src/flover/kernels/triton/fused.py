@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flover.kernels.reference.quantised import LARGEST, Tokens
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
+from flover.kernels.triton.exchange import Exchange, add_up, begin_round, end_round
 
 
 @triton.jit
@@ -62,6 +63,12 @@ def _norm(
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
+    memory=None,  # these six: residual is a part of a sum over the ranks (exchange.py)
+    rounds=None,
+    stop=None,
+    half=0,
+    RANK: tl.constexpr = 0,
+    SIZE: tl.constexpr = 1,
 ):
     grid_launch(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -76,7 +83,12 @@ def _norm(
     grid_wait(PDL)
     value = tl.load(x + row * stride_x + i, mask=inside, other=0.0)
     if ADD:
-        value = value + tl.load(residual + row * stride_r + i, mask=inside, other=0.0)
+        delta = tl.load(residual + row * stride_r + i, mask=inside, other=0.0)
+        if SIZE > 1:
+            round = begin_round(rounds)
+            delta = add_up(delta, row * dim + i, inside, memory, stop, round, half, RANK, SIZE)
+            end_round(rounds, round)
+        value = value + delta
         tl.store(summed + row * dim + i, value, mask=inside)
     wide = value.to(tl.float32)
     if RMS:
@@ -112,6 +124,7 @@ def _normalise(
     quantise: torch.dtype | None,
     rms: bool,
     offset: bool,
+    exchange: Exchange | None,
 ) -> tuple[Tensor | Tokens, Tensor]:
     dim = x.shape[-1]
     if x.dim() != 2 and not x.is_contiguous():  # heads of a fused projection
@@ -143,6 +156,7 @@ def _normalise(
             LARGEST=largest,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
+            **({} if exchange is None else exchange.arguments()),
             **launch_options(x.device),
         )
     return normed if quantise is None else Tokens(normed, scale, x.dtype), summed
@@ -156,12 +170,14 @@ def rms_norm(
     unit_offset: bool = False,
     residual: Tensor | None = None,
     quantise: torch.dtype | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor | Tokens, Tensor]:
     """(x + residual) / rms * weight, and x + residual.
 
     unit_offset: the weight is stored minus one (Gemma). quantise: the normed tokens become this type of 8 bits.
+    exchange: residual is this rank's part of a sum over the ranks, which is taken first; `exchange.fits` it.
     """
-    return _normalise(x, weight, None, eps, residual, quantise, True, unit_offset)
+    return _normalise(x, weight, None, eps, residual, quantise, True, unit_offset, exchange)
 
 
 def layer_norm(
@@ -172,9 +188,10 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     quantise: torch.dtype | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor | Tokens, Tensor]:
-    """Layer norm of x + residual, and x + residual. quantise: the normed tokens become this type of 8 bits."""
-    return _normalise(x, weight, bias, eps, residual, quantise, False, False)
+    """Layer norm of x + residual, and x + residual; the rest as in `rms_norm`."""
+    return _normalise(x, weight, bias, eps, residual, quantise, False, False, exchange)
 
 
 @triton.jit
