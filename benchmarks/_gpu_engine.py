@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama3-8b": llama(4096, 14336, 32, 32, 8, 128256, 8192),
     "llama2-7b": llama(4096, 11008, 32, 32, 32, 32000, 4096),
     "llama-13b": llama(5120, 13824, 40, 40, 40, 32000, 2048),
+    "llama-65b": llama(8192, 22016, 80, 64, 64, 32000, 2048),
     "gptj-6b": {
         "architectures": ["GPTJForCausalLM"],
         "n_embd": 4096,
