@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from flover.kernels.triton.exchange import PROGRAMS, Exchange, signal_bytes
+from flover.kernels.triton.exchange import EMPTY, PROGRAMS, Exchange
 from flover.kv.virtual_memory import call, load_driver
 
-HALF = 2 << 20  # bytes of a message; larger ones are NCCL's, which is as fast from there on
+CAPACITY = 2 << 20  # bytes of a message; larger ones are NCCL's, which is as fast from there on
 HANDLE = 64  # bytes of a CUipcMemHandle
 
 
@@ -24,13 +24,13 @@ def open_exchange(store: Any, rank: int, size: int, device: torch.device) -> Exc
         store: a torch.distributed store that they share. device: this rank's, which no other has.
     """
     driver, opened = None, list[int]()
-    signals = signal_bytes(size)
+    num_bytes = 2 * size * CAPACITY
     torch.cuda.current_stream(device).synchronize()  # the context exists, and is current
     try:
         driver = load_driver()
-        own = int(call(driver, "cuMemAlloc", signals + 2 * HALF))
+        own = int(call(driver, "cuMemAlloc", num_bytes))
         opened.append(own)
-        call(driver, "cuMemsetD8", own, 0, signals)
+        call(driver, "cuMemsetD16", own, EMPTY, num_bytes // 2)
         call(driver, "cuCtxSynchronize")
         handle = call(driver, "cuIpcGetMemHandle", own)
         store.set(f"exchange/{rank}", socket.gethostname().encode() + b"\0" + ctypes.string_at(handle.getPtr(), HANDLE))
@@ -54,12 +54,11 @@ def open_exchange(store: Any, rank: int, size: int, device: torch.device) -> Exc
         _free(driver, others, opened)
         return None
     exchange = Exchange(
-        torch.tensor(addresses, device=device),
+        tuple(addresses),
         torch.zeros(PROGRAMS.value, dtype=torch.int32, device=device),
         torch.zeros(1, dtype=torch.int32, pin_memory=True),
         rank,
-        size,
-        HALF,
+        CAPACITY,
     )
     weakref.finalize(exchange.stop, _free, driver, others, opened).atexit = False  # the end of a process frees all
     return exchange

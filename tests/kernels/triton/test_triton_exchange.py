@@ -9,7 +9,7 @@ from flover.kernels.triton import exchange as module
 from flover.kernels.triton import rms_norm
 from flover.kernels.triton.exchange import Exchange
 
-PROGRAMS, HALF = module.PROGRAMS.value, 1 << 16
+PROGRAMS, CAPACITY = module.PROGRAMS.value, 1 << 15
 
 
 class Peers:
@@ -17,31 +17,34 @@ class Peers:
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.round = rank, size, 0
-        front = module.signal_bytes(size)
-        self.memory = [torch.zeros(front + 2 * HALF, dtype=torch.uint8, device=DEVICE) for _ in range(size)]
-        self.signals = [m[:front].view(torch.int32).view(PROGRAMS, size) for m in self.memory]
+        shape = 2, size, CAPACITY // 2
+        self.memory = [torch.full(shape, -0x8000, dtype=torch.int16, device=DEVICE) for _ in range(size)]
         self.exchange = Exchange(
-            torch.tensor([m.data_ptr() for m in self.memory], device=DEVICE),
+            tuple(m.data_ptr() for m in self.memory),
             torch.zeros(PROGRAMS, dtype=torch.int32, device=DEVICE),
             torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE.type == "cuda"),
             rank,
-            size,
-            HALF,
+            CAPACITY,
         )
 
-    def write(self, parts: torch.Tensor, start: int = 0) -> None:
-        """What the others have of a round `[size, ...]`; start: the number of the round before."""
-        self.round = (self.round or start) + 1
+    def places(self, owner: int, sender: int, like: torch.Tensor) -> torch.Tensor:
+        return self.memory[owner][self.round % 2, sender, : like.nbytes // 2]
+
+    def send(self, parts: torch.Tensor) -> None:
+        """What the others have of a round `[size, ...]`."""
         for rank, part in enumerate(parts):
             if rank != self.rank:
-                half = self.memory[rank][module.signal_bytes(self.size) + self.round % 2 * HALF :][: part.nbytes]
-                half.copy_(part.contiguous().view(-1).view(torch.uint8))
-        self.signals[self.rank].fill_(self.round)
+                self.places(self.rank, rank, part).copy_(part.reshape(-1).view(torch.int16))
 
-    def check_told(self, programs: int) -> None:
-        for rank, signals in enumerate(self.signals):
+    def check(self, part: torch.Tensor) -> None:
+        """This rank's part is with all others, and what they sent is gone."""
+        for rank in range(self.size):
             if rank != self.rank:
-                assert (signals[:programs, self.rank] == self.round).all()
+                sent = self.places(rank, self.rank, part)
+                assert torch.equal(sent.view(part.dtype), part.reshape(-1))
+                sent.fill_(-0x8000)
+        assert all((m == -0x8000).all() for m in self.memory)
+        self.round += 1
         assert (self.exchange.rounds == self.round).all()
 
 
@@ -57,22 +60,26 @@ def test_sum_by_rank_over_rounds(rank: int, size: int, dtype: torch.dtype) -> No
     """Messages of several sizes in a row use the halves in turns; bits are those of a sum in the order of ranks."""
     peers = Peers(rank, size)
     torch.manual_seed(0)
-    for shape in [(3, 64), (1, 8), (5, 1000), (2, 64)]:
+    for shape in [(3, 64), (1, 8), (5, 1000), (2, 64), (0, 8)]:
         parts = torch.randn(size, *shape, device=DEVICE).to(dtype)
-        peers.write(parts)
+        peers.send(parts)
         out = peers.exchange.all_reduce(parts[rank])
         assert torch.equal(out, summed(parts))
-        peers.check_told(1)
-    assert peers.round == 4
+        if len(out):
+            peers.check(parts[rank])
 
 
-def test_round_numbers_wrap() -> None:
+def test_what_looks_like_nothing_arrives(dtype: torch.dtype) -> None:
+    """The bit pattern of empty memory is sent as zero, others as they are, NaN too."""
     peers = Peers(0, 2)
-    peers.exchange.rounds.fill_(2**31 - 1)
-    parts = torch.randn(2, 1, 16, device=DEVICE)
-    peers.round = -(2**31) - 1
-    peers.write(parts)
-    assert torch.equal(peers.exchange.all_reduce(parts[0]), summed(parts))
+    empty = torch.full((16,), -0x8000, dtype=torch.int16, device=DEVICE).view(dtype)[None]
+    parts = torch.stack([empty, torch.full_like(empty, 3.0)])
+    parts[1, 0, 0] = float("nan")
+    peers.send(parts)
+    out = peers.exchange.all_reduce(parts[0])
+    assert out[0, 0].isnan()
+    assert (out[0, 1:] == 3.0).all()
+    peers.check(torch.zeros_like(empty))
 
 
 def test_nobody_waits_once_it_is_stopped() -> None:
@@ -90,9 +97,9 @@ def test_norm_of_a_sum_over_ranks(dtype: torch.dtype) -> None:
     for rows in (3, 1):
         x, weight = torch.randn(rows, 96, device=DEVICE).to(dtype), torch.randn(96, device=DEVICE).to(dtype)
         parts = torch.randn(2, rows, 96, device=DEVICE).to(dtype)
-        peers.write(parts)
+        peers.send(parts)
         normed, stream = rms_norm(x, weight, 1e-5, residual=parts[1], exchange=peers.exchange)
-        peers.check_told(rows)
+        peers.check(parts[1])
         expected = rms_norm(x, weight, 1e-5, residual=summed(parts))
         assert torch.equal(stream, expected[1])
         assert torch.equal(normed, expected[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flover.kernels.reference.quantised import LARGEST, Tokens
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
-from flover.kernels.triton.exchange import Exchange, add_up, begin_round, end_round
+from flover.kernels.triton.exchange import Exchange, add_up
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _norm(
     memory=None,  # these six: residual is a part of a sum over the ranks (exchange.py)
     rounds=None,
     stop=None,
-    half=0,
+    capacity=0,
     RANK: tl.constexpr = 0,
     SIZE: tl.constexpr = 1,
 ):
@@ -85,9 +85,7 @@ def _norm(
     if ADD:
         delta = tl.load(residual + row * stride_r + i, mask=inside, other=0.0)
         if SIZE > 1:
-            round = begin_round(rounds)
-            delta = add_up(delta, row * dim + i, inside, memory, stop, round, half, RANK, SIZE)
-            end_round(rounds, round)
+            delta = add_up(delta, row * dim + i, inside, memory, rounds, stop, capacity, RANK, SIZE)
         value = value + delta
         tl.store(summed + row * dim + i, value, mask=inside)
     wide = value.to(tl.float32)
