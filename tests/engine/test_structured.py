@@ -21,7 +21,7 @@ from flover.engine import grammar, grammar_check
 from flover.engine.batch import BatchPlan, RowMasks, StepResult
 from flover.engine.executor import InlineExecutor, PlanCancelledError, ThreadExecutor
 from flover.layers.sampler import Sampler
-from flover.request import RowSampling
+from flover.request import Request, RowSampling
 from flover.structured import StructuredOutputsParams
 
 SCHEMAS: list[dict[str, Any]] = [
@@ -265,6 +265,18 @@ def test_aborted_while_it_compiles_frees_everything(llm: LLM) -> None:
         engine.step()
     assert engine.core.scheduler.drained  # type: ignore[attr-defined]
     assert engine.core.scheduler._num_grammars == 0  # type: ignore[attr-defined]
+
+
+def test_a_grammar_that_was_compiled_meanwhile_counts_as_waited_for(llm: LLM) -> None:
+    """Between the look at it and the wait for it: who waits looks again, and only once."""
+    grammars = grammar.Grammars(grammar.Vocabulary(llm.engine.folder, 2560, [0]))
+    request = Request(
+        "g", [1], RowSampling(seed=0), 1, grammar=params("choice", ["yes"]).structured_outputs.grammar_text()
+    )  # type: ignore[union-attr]
+    grammars.add(request)
+    request.matcher._compiled.result()
+    assert [grammars.wait(), grammars.wait()] == [True, False]
+    grammars.shutdown()
 
 
 def test_in_a_process_of_its_own() -> None:

@@ -105,6 +105,7 @@ class Grammars:
         self._vocabulary = vocabulary
         self._thread: ThreadPoolExecutor | None = None
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._awaited: set[Future[LLMatcher]] = set()  # not seen done by `wait`
 
     def add(self, request: Request) -> None:
         """Give a request its matcher, which may not be ready yet; requests of one grammar share the compiling."""
@@ -113,17 +114,21 @@ class Grammars:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="flover-grammar")
             future = self._thread.submit(self._vocabulary.compile, request.grammar)
+            self._awaited = {one for one in self._awaited if not one.done()} | {future}
         self._compiled[request.grammar] = future
         if len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
         request.matcher = Matcher(future)
 
     def wait(self) -> bool:
-        """Whether something was being compiled; the first of it is done then."""
-        pending = [future for future in self._compiled.values() if not future.done()]
-        if pending:
-            wait(pending, return_when="FIRST_COMPLETED")
-        return bool(pending)
+        """Whether something was being compiled since the last `wait` or `add`; the first of it is done then.
+
+        Also what was done since then counts: whoever has just found it not ready shall look again.
+        """
+        awaited = self._awaited
+        if awaited:
+            self._awaited = wait(awaited, return_when="FIRST_COMPLETED").not_done
+        return bool(awaited)
 
     def masks(self, step: Step) -> tuple[RowMasks, list[tuple[Request, str]]]:
         """Masks for the rows that a step samples; and requests that cannot go on, with why.
