@@ -289,6 +289,9 @@ class Scheduler:
         self, under_way: IntArray, tables: list[Table], moves: list[tuple[int, int, int]]
     ) -> tuple[dict[int, int], list[RowJoin]]:
         """Prefill chunks (row -> tokens) within the budget: rows under way first, then everyone who fits joins."""
+        if not under_way.size and not self._waiting:
+            self._filling = False
+            return {}, []
         budget = self._token_budget
         if self.config.prefill_mode != "separate":
             budget -= len(self.table) - under_way.size
@@ -308,12 +311,13 @@ class Scheduler:
             request = self._waiting.pop()
             if request is None:
                 break
-            grant = self._place(request) if self._ready(request) else None
+            if not self._ready(request):
+                skipped.append(request)
+                continue
+            grant = self._place(request)
             if grant is None:
                 skipped.append(request)
-                if self._ready(request):
-                    break
-                continue
+                break
             joins.append(self._join(request, grant, tables))
             moves.extend((copy.src, copy.dst, copy.num_tokens) for copy in grant.copies)
             chunk = min(len(request.token_ids) - grant.num_cached_tokens, budget)
@@ -502,10 +506,10 @@ class Scheduler:
         Requests that the failed step computed end with an error `message`, if there is one; the others lose their
         cached tokens and are queued again (recomputed to the same tokens). The device forgets all rows.
         """
-        scheduled = failed.plan.scheduled()
-        culprits = [request for request, n in zip(failed.rows, scheduled) if n and message is not None]
-        for request in culprits:
-            self.fail(request, message or "")
+        if message is not None:
+            for request, count in zip(failed.rows, failed.plan.scheduled()):
+                if count:
+                    self.fail(request, message)
         self._departing, self._complete, self._short = [], [], []
         for request in self.table.requests:
             if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already
@@ -521,8 +525,7 @@ class Scheduler:
     def fail_all(self, message: str) -> None:
         """Nothing can run any more: end every request with an error; after `rewind`, while nobody is in the batch."""
         for request in list(self.requests.values()):
-            request.error = message
-            self._finish(request, FinishReason.ERROR)
+            self.fail(request, message)
 
     # ---- small things ------------------------------------------------------------------------------------------------
 
