@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from flover.show import show as show
+from flover.show import show
 from flover.structured import StructuredOutputsParams
 
 MAX_N = 1024

@@ -14,7 +14,8 @@ from typing import Any
 from flover.config import ResolvedConfig
 from flover.engine.grammar import Vocabulary
 from flover.engine.grammar_check import GrammarChecker
-from flover.request import ContextLengthError, Request, RowSampling, SamplingParams, show
+from flover.request import ContextLengthError, Request, RowSampling, SamplingParams
+from flover.show import show
 from flover.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]

@@ -17,10 +17,10 @@ import msgspec
 from starlette.types import ASGIApp, Message
 
 from flover.async_llm import AsyncLLM
-from flover.request import show
 from flover.server.app import make_app
 from flover.server.config import ServerConfig
 from flover.server.service import Service
+from flover.show import show
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 CONCURRENCY = 512  # requests at a time; more would only wait for a row

@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flover.async_llm import AsyncLLM
-from flover.request import show
 from flover.server.errors import ApiError, invalid
+from flover.show import show
 
 INLINE_BYTES = 32_768  # a longer body is decoded on a thread
 MAX_TOLD = 256  # names of ignored fields

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from flover.request import SamplingParams, show
+from flover.request import SamplingParams
 from flover.server.bodies import Body
 from flover.server.errors import ApiError, from_value_error, invalid
 from flover.server.tools import call_schema, check_tools
+from flover.show import show
 from flover.structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 20

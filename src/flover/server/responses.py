@@ -6,12 +6,13 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar
 
-from flover.request import CompletionOutput, RequestOutput, show
+from flover.request import CompletionOutput, RequestOutput
 from flover.server.answers import Answer, Completion, chat_logprobs
 from flover.server.bodies import NOT_YET
 from flover.server.errors import ApiError, invalid
 from flover.server.protocol import GenerationRequest, check_logprobs, format_schema
 from flover.server.sse import event
+from flover.show import show
 from flover.structured import StructuredOutputsParams
 
 NOT_HERE = NOT_YET | {
