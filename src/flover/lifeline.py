@@ -1,4 +1,4 @@
-"""A process that ends with its parent, and says what its threads do when asked.
+"""A process that ends with its parent, and says what its threads do when asked; and how it ended, in words.
 
 On Linux the kernel sends a death signal. Elsewhere, and besides, a child holds a socket to its parent: its end is the
 parent's end (`engine.process`, `server.front`).
@@ -35,6 +35,11 @@ def die_with_parent() -> None:
     """On Linux: SIGKILL when the thread ends that started this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def ending(code: int) -> str:
+    """How a process ended, by the exit code that `subprocess` gives."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def end_soon() -> None:

@@ -23,7 +23,7 @@ from flover.config import EngineConfig, ResolvedConfig
 from flover.engine.group import GroupExecutor, LocalExecutor
 from flover.engine.launch import COMMAND, Launch, launched, ranks_here
 from flover.engine.links import JOIN_SECONDS, TICK, GroupDeadError, Ranks, await_ranks, start_ranks
-from flover.engine.wire import Described, Go, Hello, Loaded, Setup
+from flover.engine.wire import Assignment, Described, Go, Hello, Loaded
 from flover.models.registry import backend_of
 from flover.parallel import Group, connect, connect_stages
 
@@ -163,7 +163,7 @@ def _load(
         if hello.version != flover.__version__:
             raise ValueError(f"rank {rank} runs flover {hello.version}, rank 0 runs {flover.__version__}")
     prefix = secrets.token_hex(8)  # a store may have seen other groups
-    ranks.broadcast(Setup(config, prefix, where))
+    ranks.broadcast(Assignment(config, prefix, where))
     check_alike(describe(config, folder), ranks.expect(Described))
     ranks.broadcast(Go())
     group = _in_background(lambda: meet(store, prefix, 0, config, address), ranks)

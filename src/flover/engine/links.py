@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from flover.engine.wire import Alive, Connection, FromRank, Hello, Stop, Trouble
+from flover.lifeline import ending
 
 JOIN_SECONDS = 50.0  # for a process to start and import torch
 SILENCE = 3.5  # seconds
@@ -56,8 +56,7 @@ class Link:
                 code = self.process.wait(timeout=1)
         if code is None:
             return f"{self} has closed its connection"
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
-        return f"{self} {how}"
+        return f"{self} {'was' if code < 0 else 'has ended with'} {ending(code)}"
 
 
 class Ranks:
@@ -75,24 +74,16 @@ class Ranks:
 
     # ---- to the ranks ------------------------------------------------------------------------------------------------
 
-    def send(self, make: Callable[[Link], Any]) -> None:
-        """A message to each."""
-        for link in self._links:
-            self._send(link, lambda link=link: link.connection.send(make(link)))  # type: ignore[misc]
-
     def broadcast(self, message: Any) -> None:
         """The same message to all, encoded once."""
         frame = Connection.frame(message)
         for link in self._links:
-            self._send(link, lambda link=link: link.connection.socket.sendall(frame))  # type: ignore[misc]
-
-    def _send(self, link: Link, send: Callable[[], None]) -> None:
-        try:
-            send()
-        except TimeoutError:
-            self.fail(f"{link} has read nothing for {SEND_SECONDS:.0f} s")
-        except OSError:
-            pass  # it is gone, which the watcher will say
+            try:
+                link.connection.socket.sendall(frame)
+            except TimeoutError:
+                self.fail(f"{link} has read nothing for {SEND_SECONDS:.0f} s")
+            except OSError:
+                pass  # it is gone, which the watcher will say
 
     # ---- from the ranks ----------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from flover.engine.step import StepOutput
 from flover.engine.wire import (
     Connection,
     Ended,
-    Failed,
+    EngineFailed,
     Finish,
     NewRequest,
     Ready,
@@ -57,7 +57,7 @@ class EngineProcess:
                     return 1
             output = core.step()
             if core.dead is not None:  # so is this engine, for every request
-                self._connection.send(Failed(str(core.dead)))
+                self._connection.send(EngineFailed(str(core.dead)))
                 return 1
             self._report(output)
 
@@ -126,7 +126,7 @@ def main(fd: int, parent: int) -> int:
     try:
         core = EngineCore(first.config)
     except ValueError as error:
-        connection.send(Failed(str(error)))
+        connection.send(EngineFailed(str(error)))
         return 1
     times = core.startup_times
     connection.send(Ready(str(core.folder), core.resolved, times.seconds, times.nbytes))

@@ -1,4 +1,4 @@
-"""A rank other than 0: `python -m flover.engine.rank FD RANK`, or a process that torchrun has started (`join`).
+"""A rank other than 0: `python -m flover.engine.rank FD RANK WITH_PARENT`, or a process of torchrun (`join`).
 
 It applies the plans that rank 0 sends with a runner like rank 0's, and decides nothing. It ends when its connection
 does, whatever it is doing, and reports what it cannot go on after. Before each step it compares what it believes of its
@@ -34,13 +34,13 @@ from flover.engine.links import keep_alive
 from flover.engine.runner import ModelRunner
 from flover.engine.wire import (
     Alive,
+    Assignment,
     Connection,
     Described,
     Go,
     Hello,
     Loaded,
     Masks,
-    Setup,
     Stop,
     ToRank,
     Trouble,
@@ -95,7 +95,7 @@ class Rank:
         return 0
 
     def _serve(self) -> None:
-        setup = self._next(Setup)
+        setup = self._next(Assignment)
         if setup is None:
             return
         config = setup.resolved

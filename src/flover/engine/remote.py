@@ -23,7 +23,7 @@ from flover.engine.step import StepOutput
 from flover.engine.wire import (
     Connection,
     Ended,
-    Failed,
+    EngineFailed,
     Finish,
     FromEngine,
     NewRequest,
@@ -34,6 +34,7 @@ from flover.engine.wire import (
     Stepped,
     Watch,
 )
+from flover.lifeline import ending
 from flover.request import FinishReason, Request, RequestStatus
 from flover.startup import StartupTimes
 
@@ -56,11 +57,6 @@ def _memory_settings(config: EngineConfig) -> dict[str, str]:
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept,
         "MALLOC_MMAP_THRESHOLD_": "131072",
     }
-
-
-def ending(code: int) -> str:
-    """How a process ended, by the exit code that `subprocess` gives."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 class RemoteCore:
@@ -97,7 +93,7 @@ class RemoteCore:
         ValueError: what `EngineCore` raises. EngineDeadError: the process ended instead.
         """
         ready = self._next()
-        if isinstance(ready, Failed):
+        if isinstance(ready, EngineFailed):
             self.shutdown()
             raise ValueError(ready.message)
         assert isinstance(ready, Ready)
@@ -144,7 +140,7 @@ class RemoteCore:
             EngineDeadError: the process has ended, or says why it does.
         """
         message = self._next()
-        if isinstance(message, Failed):
+        if isinstance(message, EngineFailed):
             raise EngineDeadError(message.message)
         return self._take_in(message)
 

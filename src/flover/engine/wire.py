@@ -115,7 +115,7 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
     nbytes: dict[str, int]
 
 
-class Failed(msgspec.Struct, array_like=True, tag="failed"):
+class EngineFailed(msgspec.Struct, array_like=True, tag="failed"):
     """It has not started, or cannot go on; why in one line."""
 
     message: str
@@ -160,7 +160,7 @@ class Stepped(msgspec.Struct, array_like=True, tag="stepped"):
 
 
 ToEngine: TypeAlias = Start | NewRequest | Finish | ResetCache | Watch
-FromEngine: TypeAlias = Ready | Failed | Stepped
+FromEngine: TypeAlias = Ready | EngineFailed | Stepped
 
 
 # ---- between rank 0 and the other ranks of a group -------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Hello(msgspec.Struct, array_like=True, tag="hello"):
     secret: str = ""
 
 
-class Setup(msgspec.Struct, array_like=True, tag="setup"):
+class Assignment(msgspec.Struct, array_like=True, tag="setup"):
     """What a rank is to be. store: host and port where ranks meet, none: where it joined; prefix: of its keys."""
 
     resolved: ResolvedConfig
@@ -228,7 +228,7 @@ class Trouble(msgspec.Struct, array_like=True, tag="trouble"):
     message: str
 
 
-ToRank: TypeAlias = Setup | Go | Plan | Masks | WarmUp | Stop
+ToRank: TypeAlias = Assignment | Go | Plan | Masks | WarmUp | Stop
 FromRank: TypeAlias = Hello | Described | Loaded | Alive | Trouble
 
 _encoder = msgspec.msgpack.Encoder()
@@ -286,7 +286,6 @@ class Outbox:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._encoder = msgspec.msgpack.Encoder()
         self._rest: SimpleQueue[bytes | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._num_waiting = 0
@@ -294,8 +293,7 @@ class Outbox:
 
     def send(self, message: Any) -> None:
         """In order. OSError if the other side is known to be gone."""
-        data = self._encoder.encode(message)
-        data = HEADER.pack(len(data)) + data
+        data = Connection.frame(message)
         with self._lock:
             if not self._num_waiting:
                 with suppress(BlockingIOError):

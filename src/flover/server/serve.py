@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from flover.engine.remote import ending
 from flover.engine.wire import Connection
+from flover.lifeline import ending
 from flover.server.config import ServerConfig, admin_socket_path
 from flover.server.control import Abort, Drain, Failed, FromFront, Leaving, Serving, Setup
 from flover.server.restarts import Restarts
