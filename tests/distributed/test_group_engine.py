@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from harness import echo_core, echo_folder, prefix_equal, random_jobs, run
 from ranks import ThreadRanks
-from test_same_tokens import FUSED, make_requests, trace
+from test_same_tokens import FUSED, drive, make_requests, start, trace
 
 from flover import LLM, SamplingParams
 from flover.config import EngineConfig
@@ -31,14 +31,6 @@ LAYOUTS: list[dict[str, Any]] = [
     {"kv_layout": "slab", "reorder": "off"},
 ]
 SERIAL: dict[str, Any] = {"policy": "serial", "overlap_depth": 0, "enable_prefix_caching": False}
-
-
-@pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadRanks]:
-    threads = ThreadRanks()
-    monkeypatch.setattr("flover.engine.join.start_ranks", threads.start)
-    yield threads
-    threads.join()
 
 
 @pytest.fixture(scope="module")
@@ -113,23 +105,8 @@ def test_float64_tokens_and_ordered_sums(ranks: ThreadRanks) -> None:
 
 
 def group_tokens(model: str, requests: list[Request], **options: Any) -> dict[str, list[int]]:
-    settings: dict[str, Any] = {
-        "max_num_seqs": 8,
-        "max_model_len": 128,
-        "debug_poison": True,
-        "device": "cpu",
-        **options,
-    }
-    core = EngineCore(EngineConfig(model=model, **settings))
-    tokens = {}
-    pending = list(requests)
-    while pending or core.has_unfinished():
-        for request in pending[:2]:
-            core.add(request)
-        del pending[:2]
-        for request in core.step().finished:
-            assert request.error is None, request.error
-            tokens[request.request_id] = request.output_token_ids
+    core = start(model, **options)
+    tokens = {request.request_id: request.output_token_ids for request in drive(core, requests)}
     core.shutdown()
     return tokens
 
@@ -255,18 +232,11 @@ def test_a_rank_that_cannot_load_is_named(echo: Path, ranks: ThreadRanks, monkey
 
 def test_a_rank_that_does_not_join_is_named(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flover.engine.join.JOIN_SECONDS", 0.5)
-    monkeypatch.setattr("flover.engine.rank.Rank.run", lambda self: threading_wait())
+    monkeypatch.setattr("flover.engine.rank.Rank.run", lambda self: time.sleep(1.5))
     threads = ThreadRanks()
     monkeypatch.setattr("flover.engine.join.start_ranks", threads.start)
     with pytest.raises(ValueError, match="rank 1 has not joined within 0 s"):
         echo_core(echo, tensor_parallel_size=2)
-
-
-def threading_wait() -> int:
-    import time
-
-    time.sleep(1.5)
-    return 0
 
 
 def test_what_the_environment_says() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import transformers
-from parity import CASES, build
+from parity import CASES, checkpoints
 from ranks import ThreadRanks
 
 from flover.config import EngineConfig
@@ -22,27 +20,10 @@ QUICK = ("llama-tied-biases", "gemma3", "opt-350m", "gpt2")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
-@pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadRanks]:
-    threads = ThreadRanks()
-    monkeypatch.setattr("flover.engine.join.start_ranks", threads.start)
-    yield threads
-    threads.join()
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            build(CASES[name], made[name])
-        return made[name]
-
-    return get
+    made = checkpoints(CASES, tmp_path_factory)
+    return lambda name: made(name).folder
 
 
 def requests() -> list[Request]:
@@ -125,6 +106,6 @@ def test_layers_of_stages() -> None:
     assert [stage_layers(7, stage, 3) for stage in range(3)] == [(0, 3), (3, 5), (5, 7)]
 
 
-def test_what_cannot_be_divided(folders: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_divided(folders: Any) -> None:
     with pytest.raises(ValueError, match="pipeline_parallel_size=4 is more than the model's 3 layers"):
         served(folders("gpt2"), pipeline_parallel_size=4)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from parity import CASES, Case, Checkpoint, Driver, build, random_prompts
+from parity import CASES, Case, Checkpoint, Driver, checkpoints, random_prompts
 from ranks import on_ranks
 from torch import Tensor
 
@@ -32,17 +30,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the logits' std
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    folders: dict[str, Checkpoint] = {}
-
-    def get(name: str) -> Checkpoint:
-        if name not in folders:
-            folder: Path = tmp_path_factory.mktemp(name)
-            folders[name] = Checkpoint(ALL[name], folder, build(ALL[name], folder))
-        return folders[name]
-
-    return get
+    return checkpoints(ALL, tmp_path_factory)
 
 
 class RankDriver(Driver):

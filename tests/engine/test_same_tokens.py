@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +56,7 @@ def make_requests(seed: int, *, filters: bool = True, count: int = 9) -> list[Re
     return requests
 
 
-def trace(model: str, requests: list[Request], forced: Trace | None = None, **options: Any) -> Trace:
-    """Run requests that arrive two a step; with `forced`, every row is fed that trace's tokens instead of its own."""
+def start(model: str, **options: Any) -> EngineCore:
     settings: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_model_len": 128,
@@ -64,7 +64,24 @@ def trace(model: str, requests: list[Request], forced: Trace | None = None, **op
         "device": "cpu",
         **options,
     }
-    core = EngineCore(EngineConfig(model=model, **settings))
+    return EngineCore(EngineConfig(model=model, **settings))
+
+
+def drive(core: EngineCore, requests: list[Request]) -> Iterator[Request]:
+    """Requests arrive two a step; each as it ends, which must be without an error."""
+    pending = list(requests)
+    while pending or core.has_unfinished():
+        for request in pending[:2]:
+            core.add(request)
+        del pending[:2]
+        for request in core.step().finished:
+            assert request.error is None, request.error
+            yield request
+
+
+def trace(model: str, requests: list[Request], forced: Trace | None = None, **options: Any) -> Trace:
+    """Run requests that arrive two a step; with `forced`, every row is fed that trace's tokens instead of its own."""
+    core = start(model, **options)
     sampler = core._executor._runner.sampler  # type: ignore[attr-defined]
     result = Trace()
     schedule, sample = core.scheduler.schedule, sampler.sample
@@ -86,15 +103,9 @@ def trace(model: str, requests: list[Request], forced: Trace | None = None, **op
         return output
 
     core.scheduler.schedule, sampler.sample = watched_schedule, watched_sample  # type: ignore[method-assign]
-    pending = list(requests)
-    while pending or core.has_unfinished():
-        for request in pending[:2]:
-            core.add(request)
-        del pending[:2]
-        for request in core.step().finished:
-            assert request.error is None, request.error
-            result.tokens[request.request_id] = request.output_token_ids
-            result.preemptions += request.num_preemptions
+    for request in drive(core, requests):
+        result.tokens[request.request_id] = request.output_token_ids
+        result.preemptions += request.num_preemptions
     core.shutdown()
     return result
 

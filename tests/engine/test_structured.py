@@ -270,9 +270,7 @@ def test_aborted_while_it_compiles_frees_everything(llm: LLM) -> None:
 def test_a_grammar_that_was_compiled_meanwhile_counts_as_waited_for(llm: LLM) -> None:
     """Between the look at it and the wait for it: who waits looks again, and only once."""
     grammars = grammar.Grammars(grammar.Vocabulary(llm.engine.folder, 2560, [0]))
-    request = Request(
-        "g", [1], RowSampling(seed=0), 1, grammar=params("choice", ["yes"]).structured_outputs.grammar_text()
-    )  # type: ignore[union-attr]
+    request = Request("g", [1], RowSampling(seed=0), 1, grammar=StructuredOutputsParams(choice=["yes"]).grammar_text())
     grammars.add(request)
     request.matcher._compiled.result()
     assert [grammars.wait(), grammars.wait()] == [True, False]

@@ -9,8 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle thread
 
 import pytest
 import torch
-import transformers
-from parity import CASES, Checkpoint, build
+from parity import CASES, Checkpoint, checkpoints
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,14 +20,4 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
     """A case's checkpoint by name."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    made: dict[str, Checkpoint] = {}
-
-    def get(name: str) -> Checkpoint:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            made[name] = Checkpoint(CASES[name], folder, build(CASES[name], folder))
-        return made[name]
-
-    return get
+    return checkpoints(CASES, tmp_path_factory)

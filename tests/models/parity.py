@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -318,6 +319,21 @@ class Driver:
             if i < num_tokens - 1:
                 last = [part[-1] for part in self.step([1] * len(self.tokens))]
         return [t[n:] for t, n in zip(self.tokens, self.prompt_lens)]
+
+
+def checkpoints(cases: Mapping[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """A case's checkpoint by name, each made once."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    made: dict[str, Checkpoint] = {}
+
+    def get(name: str) -> Checkpoint:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = Checkpoint(cases[name], folder, build(cases[name], folder))
+        return made[name]
+
+    return get
 
 
 def random_prompts(vocab_size: int, lengths: list[int], seed: int = 0) -> list[list[int]]:
