@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,18 @@ def _check_ids(s: RowSampling, prompt: Sequence[int], output: Sequence[int], voc
         if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
             bad = next(i for i in ids if not 0 <= i < vocab_size)
             raise ValueError(f"{name} holds token id {bad}, the vocabulary has {vocab_size}")
+
+
+def _randomness(state: Tensor, needs: Needs) -> dict[str, Any]:
+    """What every way to draw is told of the rows, whose `state` is `[fields, n]`: temperatures, and where they draw."""
+    params = state.view(torch.float64)
+    return {
+        "temperature": params[Field.TEMPERATURE],
+        "random": params[Field.RANDOM] if needs.random else None,
+        "seeds": state[Field.SEED],
+        "choices": state[Field.CHOICE],
+        "positions": state[Field.NUM_OUTPUTS],
+    }
 
 
 class Sampler:
@@ -205,21 +217,17 @@ class Sampler:
         assert logits.shape == (rows.shape[0], self.part.size)
         needs = self.needs
         state = self._state.index_select(1, rows)  # [fields, n]
-        params = state.view(torch.float64)
         if self.group.size > 1:
             if needs.best_decides:
                 token_ids, finite = self._best_of_parts(logits, state, needs)
                 self._record(rows, state, token_ids, needs)
                 return SamplerOutput(token_ids, finite, None)
             logits = self.whole(logits)
+        params = state.view(torch.float64)
         scores = self._process(logits, rows, state, needs)
         token_ids, finite = self._draw(
             scores,
-            temperature=params[Field.TEMPERATURE],
-            random=params[Field.RANDOM] if needs.random else None,
-            seeds=state[Field.SEED],
-            choices=state[Field.CHOICE],
-            positions=state[Field.NUM_OUTPUTS],
+            **_randomness(state, needs),
             top_k=state[Field.TOP_K] if needs.max_top_k else None,
             top_p=params[Field.TOP_P] if needs.top_p else None,
             min_p=params[Field.MIN_P] if needs.min_p else None,
@@ -249,16 +257,11 @@ class Sampler:
 
     def _best_of_parts(self, logits: Tensor, state: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
         """Tokens [n] and whether they are finite: the best of each rank's best, the lowest rank's on a tie."""
-        params = state.view(torch.float64)
         begin, end = self.part.ranges[0]
         best, ids = ops.draw_part(
             logits[:, : end - begin],
             begin,
-            temperature=params[Field.TEMPERATURE],
-            random=params[Field.RANDOM] if needs.random else None,
-            seeds=state[Field.SEED],
-            choices=state[Field.CHOICE],
-            positions=state[Field.NUM_OUTPUTS],
+            **_randomness(state, needs),
         )
         pairs = self.group.gather(torch.stack((best.double(), ids.double())))  # [ranks, 2, n]
         best, rank = pairs[:, 0].max(0)
