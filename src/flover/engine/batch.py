@@ -94,8 +94,6 @@ class StepResult(NamedTuple):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(BatchPlan)
-
-
 _mask_decoder = msgspec.msgpack.Decoder(RowMasks)
 
 

@@ -26,6 +26,9 @@ class Pending(Protocol):
     def result(self) -> StepResult: ...
 
 
+Phase = Callable[[bytes], StepResult | Pending | None]
+
+
 class Runner(Protocol):
     def execute(self, plan: BatchPlan) -> StepResult | Pending: ...
     def launch(self, plan: BatchPlan) -> None: ...
@@ -97,15 +100,14 @@ class _Phases:
         self._failed, self._launch_error = False, None
 
 
-class InlineExecutor:
-    """For a runner that only enqueues: the caller's thread launches, the device is the worker."""
+class _Executor:
+    """What the two have in common: plans and masks go to the phases, encoded; where these run is the subclass's."""
 
     def __init__(self, runner: Runner) -> None:
-        self._phases = _Phases(runner)
-        self._runner = runner
+        self._runner, self._phases = runner, _Phases(runner)
 
     def submit(self, plan: BatchPlan) -> Future[StepResult]:
-        """Launch a plan; what goes wrong is in the future, also here. The future of a masked plan is `sample`'s."""
+        """Take a plan; what goes wrong is in the future. The future of a masked plan is `sample`'s."""
         return self.launch(encode_plan(plan))
 
     def launch(self, data: bytes) -> Future[StepResult]:
@@ -120,7 +122,14 @@ class InlineExecutor:
         """The same for encoded masks."""
         return self._run(self._phases.sample, data)
 
-    def _run(self, phase: Callable[[bytes], StepResult | Pending | None], data: bytes) -> Future[StepResult]:
+    def _run(self, phase: Phase, data: bytes) -> Future[StepResult]:
+        raise NotImplementedError
+
+
+class InlineExecutor(_Executor):
+    """For a runner that only enqueues: the caller's thread launches, the device is the worker."""
+
+    def _run(self, phase: Phase, data: bytes) -> Future[StepResult]:
         future: Future[StepResult] = Future()
         try:
             result = phase(data)
@@ -173,7 +182,7 @@ class _Worker:
             self._thread.join()
 
 
-class ThreadExecutor:
+class ThreadExecutor(_Executor):
     """One worker thread, one runner, plans in order.
 
     Args:
@@ -182,26 +191,13 @@ class ThreadExecutor:
 
     def __init__(self, make_runner: Callable[[], Runner]) -> None:
         self._worker = _Worker()
-        self._runner = self._worker.submit(make_runner).result()
-        self._phases = _Phases(self._runner)
+        super().__init__(self._worker.submit(make_runner).result())
 
-    def submit(self, plan: BatchPlan) -> Future[StepResult]:
-        """Queue a plan; the device works while the caller goes on. The future of a masked plan is `sample`'s."""
-        return self.launch(encode_plan(plan))
+    def _run(self, phase: Phase, data: bytes) -> Future[StepResult]:
+        return self._worker.submit(self._work, phase, data)
 
-    def launch(self, data: bytes) -> Future[StepResult]:
-        """The same for an encoded plan."""
-        return self._worker.submit(self._run, self._phases.run, data)
-
-    def sample(self, masks: RowMasks) -> Future[StepResult]:
-        """Draw the tokens of the masked plan that was submitted last."""
-        return self.draw(encode_masks(masks))
-
-    def draw(self, data: bytes) -> Future[StepResult]:
-        """The same for encoded masks."""
-        return self._worker.submit(self._run, self._phases.sample, data)
-
-    def _run(self, phase: Callable[[bytes], StepResult | Pending | None], data: bytes) -> StepResult:
+    @staticmethod
+    def _work(phase: Phase, data: bytes) -> StepResult:
         result = phase(data)
         return result if isinstance(result, StepResult) or result is None else result.result()  # type: ignore[return-value]
 
