@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from flover.config import (
     DTYPE_BYTES,
@@ -28,6 +28,8 @@ DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 CPU_KV_BYTES = 4 << 30  # reserved address range at most; pages are taken as they are written
 CPU_MEMORY_SHARE = 0.9  # of what is free
+
+Reasons = dict[str, tuple[str, str]]  # name of a setting -> origin, reason
 
 
 def effective_dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
@@ -79,35 +81,95 @@ def resolve(
     Raises:
         ValueError: a model or cache that cannot fit, saying by how much and what would.
     """
-    given = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
-    why: dict[str, tuple[str, str]] = {}
-
-    def decide(name: str, value: Any, origin: str, reason: str) -> Any:
-        if name in given:
-            return getattr(config, name)
-        why[name] = (origin, reason)
-        return value
-
-    device = decide("device", hardware.device, "machine", "a CUDA device if there is one")
+    device = hardware.device if config.device == "auto" else config.device
     dtype = effective_dtype(config, model, device)
-    why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")
-    seqs = decide("max_num_seqs", DEFAULT_MAX_NUM_SEQS, "default", "")
     cache_dtype = kv_dtype(config, dtype)
+    _check_parallel(config, model, device)
+    token_bytes = kv_bytes_per_token(of_a_stage(config, model), cache_dtype, config.tensor_parallel_size)
+    free = _room(config, device, hardware.free_bytes, weights, step)
+    cache, why = _size_cache(config, model, device, free, token_bytes)
+    tokens = config.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
+    prefix = config.enable_prefix_caching and config.kv_layout == "paged"
+    effective = replace(
+        config,
+        device=device,
+        dtype=dtype,
+        max_num_seqs=cache.seqs,
+        max_model_len=cache.length,
+        max_num_batched_tokens=tokens,
+        enable_prefix_caching=prefix,
+    )
+    why["device"] = ("machine", "a CUDA device if there is one")
+    why["dtype"] = ("machine" if device == "cpu" else "checkpoint", "auto: fp32 on a CPU, else the checkpoint's")
+    why["kv_cache_dtype"] = ("default", "auto: as dtype")
+    needed = cache.blocks * cache.block * token_bytes
+    why["kv_cache_memory_bytes"] = ("machine", f"{human(needed)}: {cache.blocks} blocks of {cache.block} tokens")
+    decided = {"kv_cache_dtype": cache_dtype, "num_kv_blocks": cache.blocks, "kv_cache_memory_bytes": needed}
+    given = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+    return ResolvedConfig(
+        effective,
+        model,
+        SchedulerConfig(
+            max_num_seqs=cache.seqs,
+            max_num_batched_tokens=tokens,
+            max_model_len=cache.length,
+            policy=config.policy,
+            order=config.order,
+            prefill_mode=config.prefill_mode,
+            record_timeline=config.record_timeline,
+            itl_budget=config.itl_budget,
+        ),
+        KVConfig(
+            config.kv_layout,
+            config.reorder,
+            cache.block,
+            cache.blocks,
+            cache_dtype,
+            token_bytes,
+            prefix,
+            config.debug_poison,
+        ),
+        MemoryPlan(hardware.free_bytes, weights, step, needed),
+        _explained(effective, decided, given, why),
+    )
+
+
+def _check_parallel(config: EngineConfig, model: ModelConfig, device: str) -> None:
     check_ranks(model, config.tensor_parallel_size)
     if config.tensor_parallel_size > 1 and device == "cuda" and config.prefill_mode == "overlap":
         raise ValueError("prefill_mode='overlap' with tensor_parallel_size above 1: ranks cannot talk on two streams")
     if config.pipeline_parallel_size > 1 and device == "cuda":
         raise ValueError("pipeline_parallel_size above 1 works with device='cpu' only; tensor_parallel_size on GPUs")
-    token_bytes = kv_bytes_per_token(of_a_stage(config, model), cache_dtype, config.tensor_parallel_size)
+
+
+def _room(config: EngineConfig, device: str, free_bytes: int, weights: int, step: int) -> int:
+    """Bytes for the cache, beside weights and steps."""
     share = memory_share(config, device)
-    free = int(hardware.free_bytes * share) - weights - step
+    free = int(free_bytes * share) - weights - step
     if free <= 0:
         steps = f" and a step {human(step)}" if step else ""
         smaller = "a smaller max_num_batched_tokens, max_num_seqs, dtype" if step else "a smaller dtype"
         raise ValueError(
-            f"the weights take {human(weights)}{steps} but only {human(hardware.free_bytes)} is free on {device}, of "
+            f"the weights take {human(weights)}{steps} but only {human(free_bytes)} is free on {device}, of "
             f"which {share:.0%} may be taken; {smaller}, quantization or a smaller model would fit"
         )
+    return free
+
+
+class _Cache(NamedTuple):
+    """What depends on the cache's size: requests at once, the context, and its blocks of so many tokens each."""
+
+    seqs: int
+    length: int
+    block: int
+    blocks: int
+
+
+def _size_cache(
+    config: EngineConfig, model: ModelConfig, device: str, free: int, token_bytes: int
+) -> tuple[_Cache, Reasons]:
+    """A cache that fits `free` bytes, and the reasons of what was not given."""
+    why: Reasons = {"max_model_len": ("checkpoint", "max_position_embeddings")}
     length = config.max_model_len or model.max_position_embeddings
     _check_length(config, model, length)
     budget = config.kv_cache_memory_bytes or min(free, CPU_KV_BYTES if device == "cpu" else free)
@@ -115,64 +177,29 @@ def resolve(
         raise ValueError(
             f"kv_cache_memory_bytes={budget} ({human(budget)}) does not fit: {human(free)} is left beside the weights"
         )
-    block, blocks = config.block_size, 0
+    seqs, block = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS, config.block_size
     if config.kv_layout == "slab":
-        if "max_num_seqs" not in given:
+        if config.max_num_seqs is None:
             seqs = max(1, min(seqs, budget // (length * token_bytes)))
             why["max_num_seqs"] = ("machine", f"slots of {length} tokens that fit {human(budget)}")
         block, blocks = length, seqs
+        why["num_kv_blocks"] = ("machine", "max_num_seqs slots")
     else:
         blocks = config.num_kv_blocks or min(budget // (block * token_bytes), seqs * -(-length // block))
         why["num_kv_blocks"] = ("machine", f"blocks of {human(block * token_bytes)} in {human(budget)}")
         if blocks < 1:
             raise ValueError(f"the {human(budget)} for the KV cache hold no block: {human(block * token_bytes)} would")
-        if "max_model_len" not in given and blocks * block < length:
+        if config.max_model_len is None and blocks * block < length:
             length = blocks * block
             why["max_model_len"] = ("machine", f"cut to the {blocks} blocks that the cache has")
-    needed = blocks * block * token_bytes
-    limit = budget if config.kv_layout == "slab" or config.num_kv_blocks is None else free
-    if needed > limit or (blocks * block < length and config.num_kv_blocks is None):
+    limit = budget if config.num_kv_blocks is None else free
+    if blocks * block * token_bytes > limit or (blocks * block < length and config.num_kv_blocks is None):
         raise ValueError(_does_not_fit(config, length, seqs, token_bytes, limit))
-    if "max_model_len" not in given:
-        why.setdefault("max_model_len", ("checkpoint", "max_position_embeddings"))
-    tokens = decide("max_num_batched_tokens", DEFAULT_MAX_NUM_BATCHED_TOKENS, "default", "")
-    prefix = config.enable_prefix_caching and config.kv_layout == "paged"
-    effective = replace(
-        config,
-        device=device,
-        dtype=dtype,
-        max_num_seqs=seqs,
-        max_model_len=length,
-        max_num_batched_tokens=tokens,
-        enable_prefix_caching=prefix,
-    )
-    why["kv_cache_dtype"] = ("default", "auto: as dtype")
-    why.setdefault("num_kv_blocks", ("machine", "max_num_seqs slots"))
-    why["kv_cache_memory_bytes"] = ("machine", f"{human(needed)}: {blocks} blocks of {block} tokens")
-    decided = {"kv_cache_dtype": cache_dtype, "num_kv_blocks": blocks, "kv_cache_memory_bytes": needed}
-    return ResolvedConfig(
-        effective,
-        model,
-        SchedulerConfig(
-            seqs,
-            tokens,
-            length,
-            config.policy,
-            config.order,
-            config.prefill_mode,
-            config.record_timeline,
-            config.itl_budget,
-        ),
-        KVConfig(
-            config.kv_layout, config.reorder, block, blocks, cache_dtype, token_bytes, prefix, config.debug_poison
-        ),
-        MemoryPlan(hardware.free_bytes, weights, step, needed),
-        _explained(effective, decided, given, why),
-    )
+    return _Cache(seqs, length, block, blocks), why
 
 
 def _explained(
-    effective: EngineConfig, decided: Mapping[str, Any], given: Collection[str], why: Mapping[str, tuple[str, str]]
+    effective: EngineConfig, decided: Mapping[str, Any], given: Collection[str], why: Reasons
 ) -> tuple[Setting, ...]:
     """Every setting with its origin, and with a reason unless it was given and has an effect."""
     values = {f.name: getattr(effective, f.name) for f in fields(effective)} | dict(decided)
