@@ -12,7 +12,7 @@ _EXPORTS = {
     "LLM": "flover.llm",
     "AsyncLLM": "flover.async_llm",
     "LLMEngine": "flover.engine.llm_engine",
-    "SamplingParams": "flover.request",
+    "SamplingParams": "flover.sampling_params",
     "EngineConfig": "flover.config",
     "RequestOutput": "flover.request",
     "CompletionOutput": "flover.request",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flover.llm import LLM as LLM
     from flover.request import CompletionOutput as CompletionOutput
     from flover.request import RequestOutput as RequestOutput
-    from flover.request import SamplingParams as SamplingParams
+    from flover.sampling_params import SamplingParams as SamplingParams
     from flover.structured import StructuredOutputsParams as StructuredOutputsParams
 
 

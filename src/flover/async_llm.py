@@ -24,7 +24,8 @@ from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.engine.remote import EngineDeadError, RemoteCore
 from flover.metrics import StepStats
-from flover.request import RequestOutput, SamplingParams
+from flover.request import RequestOutput
+from flover.sampling_params import SamplingParams
 
 TOKENIZER_THREADS = 4
 P = ParamSpec("P")

@@ -23,7 +23,8 @@ from flover.engine.defaults import (
 from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.metrics import Timeline
-from flover.request import RequestOutput, SamplingParams
+from flover.request import RequestOutput
+from flover.sampling_params import SamplingParams
 from flover.show import show
 from flover.startup import StartupTimes
 

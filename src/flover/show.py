@@ -1,4 +1,4 @@
-"""Values in error messages: one line, not too long, whatever they are."""
+"""For error messages: values in one line, not too long, whatever they are; and the name that was meant."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def show(value: Any) -> str:
     except RecursionError:
         text = f"a {type(value).__name__} nested too deeply to print"
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def nearest(name: str, known: set[str]) -> str:
+    """`; did you mean 'x'?` for the closest known name, or nothing."""
+    import difflib
+
+    match = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

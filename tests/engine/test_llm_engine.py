@@ -19,7 +19,8 @@ import flover
 from flover.config import EngineConfig
 from flover.engine.llm_engine import LLMEngine
 from flover.llm import LLM
-from flover.request import RequestOutput, SamplingParams
+from flover.request import RequestOutput
+from flover.sampling_params import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import echo_folder

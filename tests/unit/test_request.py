@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flover.request import MAX_LIST, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
+from flover.sampling_params import MAX_LIST, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
 
 NOT_NUMBERS: list[Any] = [None, "1", True, [1], math.nan, 1 + 2j]
 NOT_INTEGERS: list[Any] = ["1", True, 1.0, math.nan, [1]]

@@ -27,7 +27,7 @@ from flover.bench.workload import (
     fixed,
     stream,
 )
-from flover.request import nearest
+from flover.show import nearest
 
 TRACE_LINE = '{"arrival": 0.5, "num_prompt": 128, "num_output": 32}'
 

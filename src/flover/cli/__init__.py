@@ -21,7 +21,7 @@ from flover.cli import admin, bench, cluster
 from flover.cli.options import with_options
 from flover.config import EngineConfig
 from flover.engine.launch import COMMAND, launched
-from flover.request import SamplingParams
+from flover.sampling_params import SamplingParams
 
 app = typer.Typer(
     help="Temporal fusion of autoregressive decoding: many requests, one running batch.",

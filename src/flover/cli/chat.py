@@ -9,7 +9,7 @@ from typing import Any
 from flover.cli.display import visible
 from flover.cli.generate import base_params
 from flover.llm import LLM
-from flover.request import SamplingParams
+from flover.sampling_params import SamplingParams
 
 HELP = "/reset forgets the conversation, /help prints this; Ctrl-C interrupts an answer, Ctrl-D ends"
 

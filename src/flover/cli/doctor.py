@@ -119,7 +119,7 @@ def _packages() -> list[Finding]:
 def _model() -> list[Finding]:
     """The built-in model is loaded and says a few words: everything above together."""
     from flover.llm import LLM
-    from flover.request import SamplingParams
+    from flover.sampling_params import SamplingParams
 
     with LLM(max_num_seqs=1, max_model_len=64) as llm:
         output = llm.generate("In the beginning", SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)[0]

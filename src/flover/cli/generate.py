@@ -16,7 +16,8 @@ from flover.cli.display import make_display
 from flover.cli.jobs import Job, OutputFile, prompt_jobs, read_jobs
 from flover.llm import LLM
 from flover.metrics import check_timeline_path, summary
-from flover.request import RequestOutput, SamplingParams
+from flover.request import RequestOutput
+from flover.sampling_params import SamplingParams
 
 MAX_TOKENS = 128  # unless the user or the checkpoint says something else
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from flover.engine.llm_engine import Prepared
 from flover.llm import LLM
-from flover.request import RequestOutput, SamplingParams, TokenLogprobs, nearest
+from flover.request import RequestOutput, TokenLogprobs
+from flover.sampling_params import SamplingParams
+from flover.show import nearest
 
 KINDS = ("prompt", "prompt_token_ids", "messages")
 KEYS = {*KINDS, "id", "sampling_params", "arrival_step"}

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from flover.config import CHOICES, EngineConfig
-from flover.request import SamplingParams
+from flover.sampling_params import SamplingParams
 
 TYPES: dict[str, Any] = {
     "int": int,

@@ -9,7 +9,8 @@ from typing import Any
 from flover.config import EngineConfig, generation_defaults
 from flover.engine.inputs import check_length
 from flover.engine.llm_engine import LLMEngine
-from flover.request import SamplingParams, nearest
+from flover.sampling_params import SamplingParams
+from flover.show import nearest
 
 Conversation = Sequence[Mapping[str, Any]]
 # generation_config.json -> SamplingParams, as vLLM reads it

@@ -14,7 +14,8 @@ from typing import Any
 from flover.config import ResolvedConfig
 from flover.engine.grammar import Vocabulary
 from flover.engine.grammar_check import GrammarChecker
-from flover.request import ContextLengthError, Request, RowSampling, SamplingParams
+from flover.request import ContextLengthError, Request, RowSampling
+from flover.sampling_params import SamplingParams
 from flover.show import show
 from flover.tokenizer import Tokenizer
 

@@ -24,9 +24,9 @@ from flover.request import (
     Request,
     RequestMetrics,
     RequestOutput,
-    SamplingParams,
     TokenLogprobs,
 )
+from flover.sampling_params import SamplingParams
 from flover.startup import StartupTimes
 from flover.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 

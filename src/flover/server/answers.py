@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flover
-from flover.request import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs, is_own_fault
+from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
+from flover.sampling_params import SamplingParams
 from flover.server.errors import SERVER, ApiError, aborted
 from flover.server.protocol import ChatCompletionRequest, GenerationRequest
 from flover.server.sse import DONE, event

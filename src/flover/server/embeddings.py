@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flover.request import RequestOutput, SamplingParams
+from flover.request import RequestOutput
+from flover.sampling_params import SamplingParams
 from flover.server.answers import Answer, Completion
 from flover.server.errors import invalid
 from flover.server.protocol import GenerationRequest, prompts_of

@@ -12,7 +12,8 @@ from starlette.types import Receive, Scope, Send
 from flover.async_llm import Stream
 from flover.engine.llm_engine import Prepared
 from flover.engine.remote import EngineDeadError
-from flover.request import ContextLengthError, RequestOutput, SamplingParams
+from flover.request import ContextLengthError, RequestOutput
+from flover.sampling_params import SamplingParams
 from flover.server.answers import Completion, Echo
 from flover.server.bodies import decode, json_response, read_body
 from flover.server.embeddings import ONE_TOKEN, EmbeddingRequest

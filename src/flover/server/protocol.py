@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from flover.request import SamplingParams
+from flover.sampling_params import SamplingParams
 from flover.server.bodies import Body
 from flover.server.errors import ApiError, from_value_error, invalid
 from flover.server.tools import call_schema, check_tools
