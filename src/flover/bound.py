@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flover.anatomy import Work
-from flover.config import ModelConfig
 from flover.engine.engine import EngineCore, free_memory
 from flover.engine.runner import ModelRunner
 from flover.layers.embedding import Embedding, LMHead
 from flover.layers.linear import Linear
 from flover.layers.rotary import Rotary
+from flover.model_config import ModelConfig
 
 CPU_SUM_BYTES, GPU_SUM_BYTES = 1 << 30, 8 << 30
 

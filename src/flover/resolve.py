@@ -16,12 +16,12 @@ from flover.config import (
     Hardware,
     KVConfig,
     MemoryPlan,
-    ModelConfig,
     ResolvedConfig,
     SchedulerConfig,
     Setting,
     human,
 )
+from flover.model_config import ModelConfig
 from flover.sharding import check_ranks, local_kv_heads
 
 DEFAULT_MAX_NUM_SEQS = 256

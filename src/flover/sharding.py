@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import gcd
 from typing import NamedTuple
 
-from flover.config import ModelConfig
+from flover.model_config import ModelConfig
 
 Range = tuple[int, int]
 ALIGNMENT = 64  # of a part, where the size allows: what GPU kernels like

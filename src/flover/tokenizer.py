@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from flover.chat_template import check_arguments, check_messages, find_template, render
-from flover.config import read_json
+from flover.model_config import read_json
 
 REPLACEMENT = "\ufffd"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

@@ -20,7 +20,8 @@ from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
 from flover.bench.records import Job
 from flover.cli import main
-from flover.config import DTYPE_BYTES, ModelConfig
+from flover.config import DTYPE_BYTES
+from flover.model_config import ModelConfig
 
 MICRO = replace(
     TINY,

@@ -17,8 +17,9 @@ from test_fusion import LAYOUTS, SERIAL
 from test_same_tokens import FUSED, make_requests, trace
 
 from flover import LLM
-from flover.config import EngineConfig, Hardware, ModelConfig
+from flover.config import EngineConfig, Hardware
 from flover.engine.engine import EngineCore
+from flover.model_config import ModelConfig
 from flover.models.echo import EchoModel
 
 FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flover import LLM, SamplingParams
-from flover.config import CHOICES, EngineConfig, Hardware, ModelConfig
+from flover.config import CHOICES, EngineConfig, Hardware
 from flover.engine import engine
 from flover.layers.linear import Linear
+from flover.model_config import ModelConfig
 from flover.models import loader
 from flover.models.checkpoint import PIECE
 from flover.resolve import resolve

@@ -14,9 +14,9 @@ import torch
 from parity import CASES, build
 
 from flover import LLM, SamplingParams
-from flover.config import ModelConfig
 from flover.kv import storage as storage_module
 from flover.kv.virtual_memory import VirtualRange, load_driver
+from flover.model_config import ModelConfig
 from flover.models import checkpoint
 from flover.models.loader import load_model
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from flover.config import ModelConfig
 from flover.kernels.reference.attention import AttentionMetadata
 from flover.layers.attention import ForwardContext
+from flover.model_config import ModelConfig
 from flover.models.loader import load_model
 
 MAX_TOKENS = 64  # per row

@@ -11,9 +11,9 @@ import torch
 from parity import Checkpoint, Driver, random_prompts, threads, uneven
 from torch import Tensor
 
-from flover.config import ModelConfig
 from flover.kernels.reference.invariant import ROW_TILE, tiled_linear, tiled_map
 from flover.layers.activation import ACTIVATIONS
+from flover.model_config import ModelConfig
 from flover.models.loader import load_model
 
 Get = Callable[[str], Checkpoint]

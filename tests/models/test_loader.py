@@ -18,7 +18,7 @@ import torch
 from parity import Checkpoint, Driver, random_prompts
 from safetensors.torch import load_file, save_file
 
-from flover.config import ModelConfig
+from flover.model_config import ModelConfig
 from flover.models import checkpoint as reading
 from flover.models.checkpoint import Checkpoint as StoredCheckpoint
 from flover.models.loader import load_model, resolve_model

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from flover.config import EngineConfig, Hardware, ModelConfig
+from flover.config import EngineConfig, Hardware
+from flover.model_config import ModelConfig
 from flover.resolve import resolve
 
 GIB = 1 << 30

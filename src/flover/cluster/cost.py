@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flover.cluster.hardware import Device, Link
-from flover.config import ModelConfig
+from flover.model_config import ModelConfig
 from flover.sharding import check_ranks, local_kv_heads
 
 EIGHT_BIT = ("fp8", "int8")

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from flover.cluster.cost import ModelCost, Weights, product_dtype
-from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from flover.config import DTYPE_BYTES, EngineConfig
+from flover.model_config import ModelConfig
 from flover.models.loader import resolve_model, weight_parts
 from flover.resolve import effective_dtype, kv_bytes_per_token, kv_dtype
 

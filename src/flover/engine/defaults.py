@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from flover.config import EngineConfig, generation_defaults
+from flover.config import EngineConfig
 from flover.engine.inputs import check_length
 from flover.engine.llm_engine import LLMEngine
+from flover.model_config import generation_defaults
 from flover.sampling_params import SamplingParams
 from flover.show import nearest
 

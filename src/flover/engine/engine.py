@@ -19,7 +19,7 @@ from typing import Protocol, cast
 
 import torch
 
-from flover.config import EngineConfig, Hardware, KVConfig, ModelConfig, ResolvedConfig
+from flover.config import EngineConfig, Hardware, KVConfig, ResolvedConfig
 from flover.engine.batch import BatchPlan, RowMasks, StepResult
 from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.executor import InlineExecutor, ThreadExecutor
@@ -34,6 +34,7 @@ from flover.engine.step import Step, StepOutput
 from flover.kv.paged import PagedLayout
 from flover.kv.protocol import KVLayout
 from flover.kv.slab import SlabLayout, SlabMode
+from flover.model_config import ModelConfig
 from flover.models.base import CausalLM
 from flover.models.loader import resolve_model, weight_bytes
 from flover.models.registry import backend_of, model_class

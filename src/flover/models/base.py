@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flover.config import ModelConfig
 from flover.layers.attention import ForwardContext
+from flover.model_config import ModelConfig
 from flover.models.checkpoint import Stored
 from flover.sharding import Part
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext, alibi_slopes
 from flover.layers.embedding import LMHead, VocabEmbedding
 from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
+from flover.model_config import ModelConfig
 from flover.models.base import Source, per_head
 from flover.models.gpt2 import GPT2MLP
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flover.config import ModelConfig
 from flover.kernels.reference.kv_cache import FP8, store_kv
 from flover.layers.attention import ForwardContext
 from flover.layers.base import Layer
+from flover.model_config import ModelConfig
 from flover.models.base import Source
 from flover.parallel import Group
 from flover.sharding import Part, kv_split, vocab_part

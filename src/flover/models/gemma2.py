@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import VocabEmbedding
 from flover.layers.norm import RMSNorm
 from flover.layers.rotary import RotaryTables
+from flover.model_config import ModelConfig
 from flover.models.base import Source
 from flover.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flover.config import ModelConfig
 from flover.layers.attention import ForwardContext
 from flover.layers.rotary import Rotary, rope_parameters
+from flover.model_config import ModelConfig
 from flover.models.base import Source
 from flover.models.gemma2 import Gemma2Attention, Gemma2Block, Gemma2ForCausalLM, gemma_norm
 

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from flover.config import ModelConfig
 from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import LMHead, VocabEmbedding
 from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
+from flover.model_config import ModelConfig
 from flover.models.base import Source, per_head
 from flover.models.gpt2 import GPT2MLP
 

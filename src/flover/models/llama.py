@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from flover.config import ModelConfig
 from flover.layers.activation import Activation
 from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import LMHead, VocabEmbedding
 from flover.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from flover.layers.norm import RMSNorm
 from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
+from flover.model_config import ModelConfig
 from flover.models.base import Source, join
 
 

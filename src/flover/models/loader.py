@@ -16,12 +16,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flover.config import ModelConfig
 from flover.kernels.dispatch import load_backend
 from flover.layers.base import Layer
 from flover.layers.embedding import Embedding
 from flover.layers.linear import Linear
 from flover.layers.norm import LayerNorm, RMSNorm
+from flover.model_config import ModelConfig
 from flover.models.base import CausalLM, Source, concatenate
 from flover.models.checkpoint import Checkpoint, Stored, read_groups
 from flover.models.registry import model_class

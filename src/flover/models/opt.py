@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from flover.config import ModelConfig
 from flover.layers.activation import Activation
 from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import Embedding, LMHead, VocabEmbedding
 from flover.layers.linear import ColumnLinear, Linear, QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
+from flover.model_config import ModelConfig
 from flover.models.base import Source, join
 
 POSITION_OFFSET = 2  # fairseq kept the first two positions for padding

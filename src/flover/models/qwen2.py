@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flover.config import ModelConfig
+from flover.model_config import ModelConfig
 from flover.models.llama import LlamaAttention, LlamaBlock, LlamaForCausalLM
 
 

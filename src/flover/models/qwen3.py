@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from flover.config import ModelConfig
 from flover.layers.norm import RMSNorm
+from flover.model_config import ModelConfig
 from flover.models.base import Source
 from flover.models.llama import LlamaAttention, LlamaBlock, LlamaForCausalLM
 

@@ -25,8 +25,9 @@ from flover.bench.figures.servers import MissingError, Servers, logit_gap
 from flover.bench.records import Job, Run, System
 from flover.bench.results import provenance
 from flover.bench.workload import Interval, fixed, make_jobs
-from flover.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from flover.config import DTYPE_BYTES, EngineConfig
 from flover.engine.engine import detect_hardware, survey
+from flover.model_config import ModelConfig
 from flover.models.loader import weight_bytes
 from flover.resolve import resolve
 

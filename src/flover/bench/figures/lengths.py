@@ -13,7 +13,8 @@ from flover.bench.figures.digests import Data
 from flover.bench.figures.servers import MissingError
 from flover.bench.records import Job, Run
 from flover.bench.workload import Interval, Uniform
-from flover.config import DTYPE_BYTES, ModelConfig
+from flover.config import DTYPE_BYTES
+from flover.model_config import ModelConfig
 
 MODES = {"off": "fused:off", "move": OURS, "indirect": "fused:indirect", "paged": "fused:paged"}
 REFERENCE = 504  # tokens of a request that serial computes at most; longer outputs are compared up to there

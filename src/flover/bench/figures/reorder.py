@@ -17,9 +17,9 @@ from flover.bench.figures.digests import Data
 from flover.bench.figures.pieces import Todo
 from flover.bench.figures.scale import SHAPES
 from flover.bench.plans import INDEX_SELECT, PLANS, Plan, Visit, index_select_tokens, replay
-from flover.config import ModelConfig
 from flover.kernels.dispatch import backend_for, load_backend
 from flover.kv.storage import KVStorage
+from flover.model_config import ModelConfig
 
 SHAPE_NAMES = ("llama-13b", "llama-65b")
 REQUESTS, PROMPT, LOWER = 32, 8, 128  # of a trace, as in the paper's figure

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flover.config import ModelConfig
+from flover.model_config import ModelConfig
 
 Shape = dict[str, Any]  # a config.json
 
