@@ -11,23 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+from flover.bench.results import provenance
 from server import stream
 
-COMMAND = [sys.executable, "-m", "flover", "serve", "--port", "0", "--device", "cpu", "--num-threads", "1"]
-
-
-def start(*options: str) -> tuple[subprocess.Popen[str], int]:
-    process = subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = next(line for line in process.stdout if line.startswith("Flover serves"))
-    return process, int(line.rpartition(":")[2])
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from serving import load, serve
 
 
 async def measure(ports: list[int], count: int) -> list[list[float]]:
@@ -43,17 +35,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cluster.json")
     args = parser.parse_args()
-    plain, plain_port = start()
-    cluster, cluster_port = start("--replicas", "1", "--cpus", "0.5")
-    try:
-        one, other = asyncio.run(measure([plain_port, cluster_port], args.requests))
-    finally:
-        for process in (plain, cluster):
-            process.terminate()
-            process.wait()
+    before = load()
+    environment = provenance(None) | {"command": f"python benchmarks/cluster.py --requests {args.requests}"}
+    with serve() as plain, serve("--replicas", "1", "--cpus", "0.5") as cluster:
+        one, other = asyncio.run(measure([plain.port, cluster.port], args.requests))
     result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpus": os.cpu_count(),
+        "environment": environment,
+        "load_before": before,
+        "load_after": load(),
         "requests": len(one),
         "plain_p50_ttft_ms": round(statistics.median(one) * 1e3, 2),
         "cluster_p50_ttft_ms": round(statistics.median(other) * 1e3, 2),

@@ -1,4 +1,4 @@
-"""What soak.py and benchmarks/overload.py share: a server process, and requests over raw sockets that cost little."""
+"""What soak.py and benchmarks share: a server process, and requests over raw sockets that cost little."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def serve(*options: str) -> Iterator[Server]:
     process = subprocess.Popen([*command, "--admin-socket", "none", *options], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield Server(process, int(process.stdout.readline().rpartition(":")[2]))
+        line = next(line for line in process.stdout if line.startswith("Flover serves"))  # Ray may say something first
+        yield Server(process, int(line.rpartition(":")[2]))
     finally:
         process.terminate()
         try:
