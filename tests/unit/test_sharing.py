@@ -89,7 +89,7 @@ def test_counters_of_those_who_wait_stay_within_the_bound_of_the_paper() -> None
     simulation = Simulation(order="fair", rows=8)
     for i in range(600):
         simulation.add(40 + 300 * (i % 5), 10 + 30 * (i % 3), "ab"[i % 7 == 0])
-    queue = simulation.scheduler._waiting
+    queue = simulation.scheduler.admission.waiting
     bound = 2 * max(40 + 1200, 2 * 8 * 70)
     while len([heap for heap in queue._heaps if heap]) == 2:
         simulation.step()
@@ -115,7 +115,7 @@ def test_priorities_age() -> None:
     assert low.row < 0
     while not low.finished:
         assert simulation.now < 2 * PRIORITY_SECONDS  # a stream of higher priorities does not hold it for ever
-        if simulation.scheduler.num_waiting < 3:
+        if simulation.scheduler.admission.num_waiting < 3:
             simulation.add(16, 20)
         simulation.step()
     assert simulation.now >= PRIORITY_SECONDS

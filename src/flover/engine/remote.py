@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flover.config import EngineConfig, ResolvedConfig
-from flover.engine.scheduler import check_size
+from flover.engine.admission import check_size
 from flover.engine.step import StepOutput
 from flover.engine.wire import (
     Connection,

@@ -1,35 +1,28 @@
-"""The scheduler: decides each step who runs how many tokens, who joins, moves and leaves. Plain Python and numpy.
+"""The scheduler: decides each step who runs how many tokens, who moves and who leaves (who joins: `admission`).
 
 Source: the paper's work scheduler (DESIGN sections 3 and 4). Invariants, after every `schedule`:
 live rows are exactly `[0, len(rows))` (with frozen rows among them only under reorder "off" and policy "static");
 counts are optimistic: `computed` grows when a token is scheduled, so a plan can be made while another is in flight;
 nothing is scheduled past max_tokens or the model's length, so only EOS, stop strings, NaN and aborts arrive late, and
-what such a row held is reused only by plans made after that became known.
+what such a row held is reused only by plans made after that became known. Plain Python and numpy.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from flover.config import KVConfig, SchedulerConfig
+from flover.engine.admission import Admission, Table, check_size
 from flover.engine.batch import BatchPlan, IntArray, RowJoin, StepResult
-from flover.engine.cost import StepCost
 from flover.engine.policy import Policy
-from flover.engine.queue import WaitingQueue
 from flover.engine.rows import RowTable
 from flover.engine.step import Step, StepOutput, record_rows, take_in
-from flover.kv.protocol import Grant, KVLayout
+from flover.kv.protocol import KVLayout
 from flover.metrics import StepStats
-from flover.request import ContextLengthError, FinishReason, Request, RequestStatus
-
-MIN_BUDGET = 64  # tokens; a step of fewer that does not fit will not fit at all
-logger = logging.getLogger("flover")
-
-Table = tuple[Request, int, list[int]]  # (who, first entry, block ids)
+from flover.request import FinishReason, Request, RequestStatus
 
 
 class _Lengths(Mapping[str, int]):
@@ -49,25 +42,6 @@ class _Lengths(Mapping[str, int]):
         return len(self._rows)
 
 
-def max_computed(request: Request) -> int:
-    """Tokens computed in all: the last output is sampled, never computed."""
-    return request.num_prompt_tokens + request.max_output_tokens - 1
-
-
-def check_size(request: Request, config: SchedulerConfig, kv: KVConfig) -> None:
-    """ValueError if a request could never run: too long for the context, or for the cache (what fits is said)."""
-    prompt, tokens, context = request.num_prompt_tokens, max_computed(request), config.max_model_len
-    room = kv.block_size * (kv.num_blocks if kv.layout == "paged" else 1)
-    if tokens > context:
-        raise ContextLengthError(f"a prompt of {prompt} tokens is longer than the context of {context}")
-    if tokens > room:
-        fits = f"max_tokens={room - prompt + 1} would" if prompt <= room else "the prompt alone cannot"
-        raise ValueError(
-            f"{prompt} prompt tokens and up to {request.max_output_tokens} output tokens can never fit "
-            f"the KV cache of {room} tokens; {fits}"
-        )
-
-
 class Scheduler:
     """See the module. `clock` gives seconds; `kv` is the layout's host allocator.
 
@@ -79,25 +53,19 @@ class Scheduler:
         self.policy = Policy(config.policy, config.order)
         self.record_rows = config.record_timeline  # may be turned on and off between steps
         self.paged = kv_config.layout == "paged"
-        self.prefix_caching = kv_config.prefix_caching
         self.token_bytes, self.debug_poison = kv_config.bytes_per_token, kv_config.debug_poison
         self.requests: dict[str, Request] = {}  # live, by request_id
         self.table = RowTable(config.max_num_seqs)
-        self._waiting = WaitingQueue(self.policy)
+        self.admission = Admission(config, kv_config, kv, self.policy, self.table, clock)
         self._departing: list[Request] = []  # rows whose request is over, or preempted
         self._complete: list[Request] = []  # rows whose every token is scheduled
         self._short: list[tuple[int, int, Request]] = []  # rows whose blocks are full: arrival, tokens computed
         self._finished: list[Request] = []  # to report with the next output
         self._arrivals = 0
-        self.num_waiting = 0
         self._num_grammars = 0  # live requests whose draws are masked
         self._steps = 0
         self._disturbed = 0  # steps before this one may hold rows that have ended or been preempted since
         self._last_was_prefill = False
-        self._filling = False  # the last step that let requests join had no tokens for all who wait
-        self._token_budget = config.max_num_batched_tokens
-        self.cost = StepCost(config.itl_budget / 1e3) if config.itl_budget is not None else None
-        self._last_end = 0.0  # of a step, on the clock
 
     # ---- the caller's side -------------------------------------------------------------------------------------------
 
@@ -114,8 +82,7 @@ class Scheduler:
         self._arrivals += 1
         self._num_grammars += bool(request.grammar)
         self.requests[request.request_id] = request
-        self.num_waiting += 1
-        self._waiting.push(request)
+        self.admission.push(request)
 
     def check(self, request: Request) -> None:
         """See `check_size`."""
@@ -151,7 +118,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next plan, or None when there is nothing to do until a result comes back."""
         started = self.clock()
-        if not self.table.requests and not self._waiting:
+        if not self.table.requests and not self.admission.waiting:
             return None
         before = list(self.table.requests) if self.record_rows else []
         # the host knows the end of a row at its limit without seeing the token
@@ -164,12 +131,12 @@ class Scheduler:
         chunks: dict[int, int] = {}
         joins: list[RowJoin] = []
         if self._is_prefill_step(under_way):
-            chunks, joins = self._prefill_rows(under_way, tables, moves)
+            chunks, joins = self.admission.prefill_rows(under_way, tables, moves)
         scheduled = self._scheduled(under_way, chunks)
         if not (np.count_nonzero(scheduled) or leaves or frozen or moves):
             return None
         freed = self.kv.drain_freed()
-        ids, scored, pooled = self._prefill_ids(chunks)
+        ids, scored, pooled = self.admission.prefill_ids(chunks)
         plan = BatchPlan(
             step=self._steps,
             num_rows=len(self.table),
@@ -225,7 +192,7 @@ class Scheduler:
         # memory is free at once: the row's last plan runs before any plan that reuses it
         self._give_back(request)
         self._departing.append(request)
-        self._requeue(request)
+        self.admission.requeue(request)
 
     def _leave(
         self, tables: list[Table]
@@ -267,13 +234,7 @@ class Scheduler:
         decoding = under_way.size < np.count_nonzero(self.table.dead == 0)
         if decoding and self._last_was_prefill:
             return False
-        return under_way.size > 0 or not decoding or self._can_admit()
-
-    def _can_admit(self) -> bool:
-        return bool(self._waiting) and self._places() > 0
-
-    def _places(self) -> int:
-        return self.policy.admissible(len(self.table), self.config.max_num_seqs, self._filling)
+        return under_way.size > 0 or not decoding or self.admission.can_admit()
 
     def _scheduled(self, under_way: IntArray, chunks: dict[int, int]) -> npt.NDArray[np.int32]:
         """Tokens per row: its prefill chunk; one if it decodes or is frozen, unless this step is for prefill alone."""
@@ -284,111 +245,6 @@ class Scheduler:
         if chunks:
             scheduled[list(chunks)] = list(chunks.values())
         return scheduled
-
-    def _prefill_rows(
-        self, under_way: IntArray, tables: list[Table], moves: list[tuple[int, int, int]]
-    ) -> tuple[dict[int, int], list[RowJoin]]:
-        """Prefill chunks (row -> tokens) within the budget: rows under way first, then everyone who fits joins."""
-        if not under_way.size and not self._waiting:
-            self._filling = False
-            return {}, []
-        budget = self._token_budget
-        if self.config.prefill_mode != "separate":
-            budget -= len(self.table) - under_way.size
-        if self.cost is not None and len(self.table) > under_way.size:
-            budget = min(budget, self.cost.prefill_tokens(len(self.table) - under_way.size))
-        budget = max(budget, min(self.kv.block_size, 16))  # decode never starves prefill
-        chunks: dict[int, int] = {}
-        for row in under_way[np.argsort(self.table.arrival[under_way])].tolist() if under_way.size else ():
-            chunk = min(int(self.table.prefill[row] - self.table.computed[row]), budget)
-            if chunk:
-                chunks[row] = chunk
-                budget -= chunk
-        joins: list[RowJoin] = []
-        skipped: list[Request] = []
-        places = self._places()
-        while self._waiting and places > 0 and budget > 0:
-            request = self._waiting.pop()
-            if request is None:
-                break
-            if not self._ready(request):
-                skipped.append(request)
-                continue
-            grant = self._place(request)
-            if grant is None:
-                skipped.append(request)
-                break
-            joins.append(self._join(request, grant, tables))
-            moves.extend((copy.src, copy.dst, copy.num_tokens) for copy in grant.copies)
-            chunk = min(len(request.token_ids) - grant.num_cached_tokens, budget)
-            budget -= chunk
-            places -= 1
-            chunks[request.row] = chunk
-        self._filling = budget <= 0 < places and bool(self._waiting)
-        for request in skipped:
-            self._waiting.put_back(request)
-        return chunks, joins
-
-    def _prefill_ids(
-        self, chunks: dict[int, int]
-    ) -> tuple[list[int], list[tuple[int, int, int, list[int]]], list[tuple[int, int, bool]]]:
-        """Ids of the scheduled prefill tokens, rows in order; and a plan's `scored` and `pooled`."""
-        ids: list[int] = []
-        pooled: list[tuple[int, int, bool]] = []
-        scored: list[tuple[int, int, int, list[int]]] = []
-        for row, chunk in sorted(chunks.items()):
-            request = self.table.requests[row]
-            start = int(self.table.computed[row])
-            end, prompt = start + chunk, request.num_prompt_tokens
-            ids += request.token_ids[start:end]
-            if request.pooling:
-                pooled.append((row, start, request.pooling == "mean"))
-            if request.prompt_logprobs >= 0 and len(request.prompt_logprob_list or ()) < prompt:
-                scored.append(
-                    (row, start, request.prompt_logprobs, request.token_ids[start + 1 : min(end + 1, prompt)])
-                )
-        return ids, scored, pooled
-
-    def _ready(self, request: Request) -> bool:
-        """Not while tokens are in flight for it, while its grammar or the prompt it may share is still computed."""
-        sibling = request.sibling
-        if request.num_in_flight or (request.matcher is not None and not request.matcher.ready):
-            return False
-        if sibling is None or sibling.row < 0 or sibling.status is not RequestStatus.RUNNING:
-            return True
-        return bool(self.table.computed[sibling.row] >= sibling.num_prompt_tokens)
-
-    def _place(self, request: Request) -> Grant | None:
-        """Memory for a request's known tokens, with a block to spare for each running row, so that none thrashes."""
-        sibling = request.sibling
-        share = self.prefix_caching and request.prompt_logprobs < 0 and not request.pooling
-        if (
-            share
-            and sibling
-            and sibling.row >= 0
-            and not request.num_output_tokens
-            and not self.table.dead[sibling.row]
-        ):
-            grant = self.kv.fork(sibling.key, request.key, request.num_prompt_tokens)
-            if grant is not None:
-                return grant
-        headroom = len(self.table) if self.paged else 0
-        return self.kv.join(request.key, request.token_ids, salt=request.cache_salt, use_cache=share, headroom=headroom)
-
-    def _join(self, request: Request, grant: Grant, tables: list[Table]) -> RowJoin:
-        if request.status is RequestStatus.WAITING:
-            request.num_cached_tokens = grant.num_cached_tokens
-            request.first_scheduled_time = self.clock()
-            self._waiting.charge_prompt(request)
-        request.status = RequestStatus.RUNNING
-        self.num_waiting -= 1
-        cached, known = grant.num_cached_tokens, len(request.token_ids)
-        client = self._waiting.number(request)
-        self.table.append(request, computed=cached, limit=max_computed(request), capacity=grant.capacity, client=client)
-        tables.append((request, grant.start, grant.block_ids))
-        prompt = request.num_prompt_tokens
-        history = (request.token_ids[:prompt], request.token_ids[prompt:]) if request.sampling.needs_history else None
-        return RowJoin(request.row, prompt, known, cached, request.sampling, history, request.arrival)
 
     def _advance(
         self,
@@ -409,9 +265,9 @@ class Scheduler:
         if num_dead:
             advanced = scheduled * (dead == 0)
             num_advanced = int(advanced.sum())
-        if self._waiting.shares:
+        if self.admission.waiting.shares:
             decoded = advanced * (computed >= prefill)
-            self._waiting.charge_outputs(np.bincount(table.client, weights=decoded).tolist())
+            self.admission.waiting.charge_outputs(np.bincount(table.client, weights=decoded).tolist())
         computed += advanced
         edge = (computed >= table.edge).nonzero()[0]
         last: list[int] = []
@@ -436,7 +292,7 @@ class Scheduler:
             step=plan.step,
             start=started,
             num_running=k - num_dead,
-            num_waiting=self.num_waiting,
+            num_waiting=self.admission.num_waiting,
             num_prefill_tokens=num_prefill,
             num_decode_tokens=num_advanced - num_prefill,
             num_dead_rows=num_scheduled - num_advanced,
@@ -461,10 +317,7 @@ class Scheduler:
         A request that ended while this step was in flight (EOS in the step before, an abort) has its token dropped.
         """
         now = step.stats.end = self.clock()
-        if self.cost is not None:
-            stats = step.stats  # planned ahead, it began when the one before it ended
-            self.cost.observe(stats.num_decode_tokens, stats.num_prefill_tokens, now - max(stats.start, self._last_end))
-            self._last_end = now
+        self.admission.observe(step.stats)
         for request in step.first:
             if not request.num_output_tokens:
                 request.first_token_time = now
@@ -476,7 +329,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         if request.status is not RequestStatus.RUNNING:
-            self.num_waiting -= 1
+            self.admission.num_waiting -= 1
         elif request.row >= 0 and not self.table.dead[request.row]:
             self._departing.append(request)
         elif reason is FinishReason.ERROR:
@@ -492,11 +345,8 @@ class Scheduler:
 
     def take_smaller_steps(self, failed: Step) -> bool:
         """A step was too large for the device's memory: halve the token budget and start over; False: it is no use."""
-        tokens = failed.stats.num_prefill_tokens
-        if tokens <= MIN_BUDGET:
+        if not self.admission.take_smaller_steps(failed.stats.num_prefill_tokens):
             return False
-        self._token_budget = max(min(tokens, self._token_budget) // 2, MIN_BUDGET)
-        logger.warning("a step of %d prompt tokens ran out of memory; now at most %d", tokens, self._token_budget)
         self.rewind(failed, None)
         return True
 
@@ -515,7 +365,7 @@ class Scheduler:
             if not self.table.dead[request.row] or self.policy.holds_rows:  # else it gave its slot back already
                 self.kv.leave(request.key, True)
             if not request.finished:
-                self._requeue(request)
+                self.admission.requeue(request)
         for request in self.requests.values():
             request.num_in_flight = 0
         self.kv.reset_cache()
@@ -526,13 +376,3 @@ class Scheduler:
         """Nothing can run any more: end every request with an error; after `rewind`, while nobody is in the batch."""
         for request in list(self.requests.values()):
             self.fail(request, message)
-
-    # ---- small things ------------------------------------------------------------------------------------------------
-
-    def _requeue(self, request: Request) -> None:
-        """Back to the queue, at its place of arrival, to be computed anew from its known tokens."""
-        request.status = RequestStatus.PREEMPTED
-        if len(request.prompt_logprob_list or ()) < request.num_prompt_tokens:
-            request.prompt_logprob_list = None  # scored in part: the recomputation scores them all
-        self.num_waiting += 1
-        self._waiting.put_back(request)
