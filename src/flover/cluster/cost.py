@@ -158,7 +158,7 @@ class Cost:
         link = self.device.node if n <= self.device.per_node else self.device.network
         rate = link.bandwidth * self.device.efficiency.link
         one_shot = link.latency + (n - 2) * link.hop + (n - 1) * num_bytes / rate
-        ring = 2 * (n - 1) * link.latency / 2 + 2 * (n - 1) / n * num_bytes / rate
+        ring = (n - 1) * link.latency + 2 * (n - 1) / n * num_bytes / rate
         return min(one_shot, ring)
 
     def _send(self, tokens: float) -> float:

@@ -141,7 +141,7 @@ class Replica:
             raise RuntimeError(f"flover serve ended with code {self.server.process.returncode}")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `flover.cluster.ray.scale` decides by."""
+        """What `flover.cluster.ray.Scale` decides by."""
         return {"queue_tokens": self.load.get("queue_tokens", 0), "rows": self.load.get("num_requests_running", 0)}
 
     def __del__(self) -> None:
