@@ -43,20 +43,15 @@ class EngineDeadError(RuntimeError):
     """The engine's process has ended; nothing more will come."""
 
 
-def _memory_settings(config: EngineConfig) -> dict[str, str]:
-    """Environment that bounds what a CPU engine keeps for step shapes that may never come again.
-
-    torch (LRU_CACHE_CAPACITY) and oneDNN keep 1,024 compiled products each, with buffers of their own: hundreds of MB,
-    after some time of ever new shapes. In fp32 making them anew costs nothing measurable; in 16 bits 0.1 ms each, so
-    oneDNN keeps the shapes of a step or two.
-    And glibc, once a large block has been freed, takes others of its size from a heap that they fragment.
-    """
-    kept = "16" if config.dtype in ("bfloat16", "float16") else "0"
-    return {
-        "LRU_CACHE_CAPACITY": "8",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept,
-        "MALLOC_MMAP_THRESHOLD_": "131072",
-    }
+# Environment that bounds what a CPU engine keeps for step shapes that may never come again. torch (LRU_CACHE_CAPACITY)
+# and oneDNN keep 1,024 compiled products each, with buffers of their own: hundreds of MB, after some time of ever new
+# shapes. oneDNN keeps those of a step or two, a few MB: without them a batch of steady shape takes twice the CPU time.
+# And glibc, once a large block has been freed, takes others of its size from a heap that they fragment.
+MEMORY_SETTINGS = {
+    "LRU_CACHE_CAPACITY": "8",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+}
 
 
 class RemoteCore:
@@ -77,7 +72,7 @@ class RemoteCore:
                 command,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                env={**_memory_settings(config), **os.environ},
+                env={**MEMORY_SETTINGS, **os.environ},
                 start_new_session=True,  # a terminal's Ctrl-C is the front's business, also while the engine starts
             )
         self._connection = Connection(mine, FromEngine)
