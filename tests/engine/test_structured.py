@@ -350,6 +350,9 @@ class Halves:
     def reset(self) -> None:
         self.fails = ""
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize("make", [lambda runner: InlineExecutor(runner), lambda runner: ThreadExecutor(lambda: runner)])
 @pytest.mark.parametrize("fails", ["", "launch", "sample"])

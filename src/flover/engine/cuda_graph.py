@@ -97,6 +97,11 @@ class StepGraphs:
         self._logits = torch.empty(entries, vocab_size, dtype=dtype, device=device)
         self._rows = torch.empty(entries, dtype=torch.int64, device=device)
 
+    def clear(self) -> None:
+        """Nothing is replayed any more."""
+        self._forward.clear()
+        self._sampling.clear()
+
     def fit(self, step: Shape) -> Shape | None:
         """The shape under which a step runs, None: as it is, without a graph."""
         invariant = self._steps.batch_invariant

@@ -35,6 +35,7 @@ class Runner(Protocol):
     def sample(self, masks: RowMasks | None) -> StepResult | Pending: ...
     def warm_up(self, seconds: float) -> None: ...
     def reset(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class PlanCancelledError(RuntimeError):
@@ -147,7 +148,8 @@ class InlineExecutor(_Executor):
         self._phases.reset()
 
     def shutdown(self, wait: bool = True) -> None:
-        """Nothing to stop."""
+        """Nothing to stop, but what the runner has recorded goes."""
+        self._runner.close()
 
 
 class _Worker:

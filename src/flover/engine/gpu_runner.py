@@ -82,6 +82,12 @@ class GpuRunner(ModelRunner):
                 with torch.cuda.stream(lane.stream):
                     lane.graphs.capture_largest()
 
+    def close(self) -> None:
+        """Forget the graphs: a communicator does not end while one holds its collectives."""
+        for lane in (self._lane, self._side):
+            if lane is not None:
+                lane.graphs.clear()
+
     def reset(self) -> None:
         """As `ModelRunner.reset`; memory that PyTorch holds without using it goes back, should it have run out."""
         super().reset()

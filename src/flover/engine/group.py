@@ -89,8 +89,8 @@ class GroupExecutor:
         """Call it once a rank is lost, also while no step runs that would say so."""
 
         def lost() -> None:
-            self._leave()
             call()
+            self._leave()
 
         self._ranks.when_lost = lost
 
@@ -107,6 +107,6 @@ class GroupExecutor:
         """After the plans that were handed over, since the other ranks run them too."""
         if self._last is not None:
             self._last.exception()
+        self._local.shutdown(wait=not self._ranks.failure)  # first: NCCL waits for graphs that hold its collectives
         self._ranks.close()
         self._leave()
-        self._local.shutdown(wait=not self._ranks.failure)

@@ -120,6 +120,7 @@ class Rank:
         try:
             self._work(runner, config.scheduler.max_num_seqs)
         finally:
+            runner.close()
             group.close()
 
     def _work(self, runner: ModelRunner, max_rows: int) -> None:

@@ -137,6 +137,9 @@ class ModelRunner:
     def warm_up(self, seconds: float) -> None:
         """Nothing is compiled for these kernels."""
 
+    def close(self) -> None:
+        """Nothing runs any more."""
+
     def empty_result(self) -> StepResult:
         return StepResult(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_))
 
