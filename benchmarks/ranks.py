@@ -1,7 +1,8 @@
-"""Several GPUs: a decode step by the number of ranks, and what a sum over ranks costs.
+r"""Several GPUs: a decode step by the number of ranks, and what a sum over ranks costs.
 
     python benchmarks/ranks.py                                    # llama3-8b on 1 and 2 GPUs
-    python benchmarks/ranks.py --model llama-65b --batches 1,8 --max-model-len 640 --only decode
+    python benchmarks/ranks.py --model llama-65b --batches 8 --max-model-len 512 --gpu-memory-utilization 0.97 \
+        --only decode --output benchmarks/results/gpu_tp_llama-65b.json
 
 Weights, lengths and bounds as in gpu.py; the bound is that of one rank's share. `speed_up` is over one rank, or over
 the fewest that were measured; `efficiency` is that over the number of ranks. `sums`: microseconds of a bf16 sum over
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--batches", default="1,8,32,64,128,256")
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--only", default="sums,decode")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_tp.json")
     args = parser.parse_args()
@@ -145,6 +147,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="flover-bench-") as temporary:
             given = {"device": "cuda", "tensor_parallel_size": size}
             settings = {"max_model_len": args.max_model_len, "max_num_seqs": max(batches)}
+            settings["gpu_memory_utilization"] = args.gpu_memory_utilization
             bench = Bench(args.model, Path(temporary), limits, given | settings)
             rows = decode(bench, batches)
             bench.close()

@@ -110,7 +110,7 @@ class Sampler:
     ) -> None:
         self.max_rows, self.vocab_size, self.device = max_rows, vocab_size, device
         self.group, self.part = group, vocab_part(vocab_size, group.rank, group.size)
-        self._draw = load_backend(backend).draw
+        self._backend = load_backend(backend)
         neutral = torch.zeros(len(Field), max_rows, dtype=torch.int64)  # greedy: padding rows may be sampled
         neutral.view(torch.float64)[[Field.TEMPERATURE, Field.TOP_P, Field.REPETITION]] = 1.0
         self._state = neutral.to(device)
@@ -225,7 +225,7 @@ class Sampler:
             logits = self.whole(logits)
         params = state.view(torch.float64)
         scores = self._process(logits, rows, state, needs)
-        token_ids, finite = self._draw(
+        token_ids, finite = self._backend.draw(
             scores,
             **_randomness(state, needs),
             top_k=state[Field.TOP_K] if needs.max_top_k else None,
@@ -258,15 +258,9 @@ class Sampler:
     def _best_of_parts(self, logits: Tensor, state: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
         """Tokens [n] and whether they are finite: the best of each rank's best, the lowest rank's on a tie."""
         begin, end = self.part.ranges[0]
-        best, ids = ops.draw_part(
-            logits[:, : end - begin],
-            begin,
-            **_randomness(state, needs),
-        )
-        pairs = self.group.gather(torch.stack((best.double(), ids.double())))  # [ranks, 2, n]
-        best, rank = pairs[:, 0].max(0)
-        finite = best.isfinite()
-        return pairs[:, 1].gather(0, rank[None])[0].long() * finite, finite
+        candidates = self._backend.draw_part(logits[:, : end - begin], begin, **_randomness(state, needs))
+        tokens: tuple[Tensor, Tensor] = self._backend.best_of_parts(self.group.gather(candidates))
+        return tokens
 
     @property
     def graph_key(self) -> tuple[bool, ...] | None:

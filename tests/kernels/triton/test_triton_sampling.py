@@ -367,3 +367,23 @@ def test_capture_in_a_graph(device, filters, rows):
         expected, expected_finite = ops.draw(scores, **params)
         assert torch.equal(tokens, expected)
         assert torch.equal(finite, expected_finite)
+
+
+@pytest.mark.parametrize("backend", [ops, twin], ids=["triton", "twin"])
+@pytest.mark.parametrize("greedy", [1.0, 0.2])
+def test_parts_of_a_vocabulary_draw_what_the_whole_does(backend, greedy, device):
+    """Three ranks' candidates; a part that is not finite spoils the row, wherever it is."""
+    rows, vocab = 8, 1000
+    scores = make_scores(rows, vocab, device)
+    scores[5, 999], scores[6, 3], scores[7] = INF, NAN, -INF
+    params = make_params(rows, vocab, device, greedy=greedy)
+    params = {name: params[name] for name in ("temperature", "random", "seeds", "choices", "positions")}
+    parts = []
+    for begin, end in ((0, 512), (512, 768), (768, 1000)):
+        part = backend.draw_part(scores[:, begin:end], begin, **params)
+        parts.append(torch.nn.functional.pad(part, (0, 2 - part.shape[-1]), value=-INF))
+    tokens, finite = backend.best_of_parts(torch.stack(parts))
+    expected = backend.draw(scores, **params)
+    assert torch.equal(finite, expected[1])
+    assert torch.equal(tokens, expected[0])
+    assert finite.tolist() == [True] * 5 + [False] * 3

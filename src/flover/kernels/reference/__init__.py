@@ -16,13 +16,15 @@ from flover.kernels.reference import invariant as _invariant
 from flover.kernels.reference.fused import ACTIVATIONS, layer_norm, rms_norm, rotary_store, rotary_tables
 from flover.kernels.reference.kv_cache import copy_blocks, poison_blocks
 from flover.kernels.reference.quantised import Tokens, quantise_tokens, quantised_linear
-from flover.kernels.reference.sampling import draw
+from flover.kernels.reference.sampling import best_of_parts, draw, draw_part
 
 __all__ = [
     "activation",
     "attention",
+    "best_of_parts",
     "copy_blocks",
     "draw",
+    "draw_part",
     "gated",
     "gated_linear",
     "layer_norm",

@@ -270,22 +270,31 @@ def draw_part(
     seeds: Tensor,
     choices: Tensor,
     positions: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """As `draw` without filters, of a part of the vocabulary.
+) -> Tensor:
+    """As `draw` without filters, of a part of the vocabulary: candidates for `best_of_parts`.
 
     Args:
         scores: [rows, ids], from id `first` on, a multiple of 4.
 
     Returns:
-        (best final score [rows], NaN if there is one; its vocabulary id [rows] int64, the lowest on a tie).
+        Final scores and the vocabulary ids they belong to, as numbers: [2, rows, n], fp32 or fp64. The best is among
+        them, of equal ones that of the lowest id; NaN if there is one.
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if random is not None:
         scores = scores / temperature[:, None].to(scores.dtype)
         noise = gumbel(scores.shape[1], seeds, choices, positions, first=first)
         scores.addcmul_(noise.to(scores.dtype), random[:, None].to(scores.dtype))
-    best, ids = scores.max(-1)
-    return best, ids + first
+    best, ids = scores.max(-1, keepdim=True)
+    return torch.stack((best, (ids + first).to(best.dtype)))
+
+
+def best_of_parts(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """As `draw` of the whole vocabulary, of `draw_part` of every part of it, in order: [parts, 2, rows, n]."""
+    scores, ids = parts.permute(1, 2, 0, 3).flatten(2)  # [rows, parts * n]
+    best, at = scores.max(-1, keepdim=True)
+    finite = best.isfinite()[:, 0]
+    return ids.gather(-1, at)[:, 0].long() * finite, finite
 
 
 def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,13 +6,15 @@ from flover.kernels.triton.kv_cache import copy_blocks, poison_blocks
 from flover.kernels.triton.linear import gated_linear, linear
 from flover.kernels.triton.quantised import quantised_gated_linear, quantised_linear
 from flover.kernels.triton.rotary import rotary_store, rotary_tables
-from flover.kernels.triton.sampling import draw
+from flover.kernels.triton.sampling import best_of_parts, draw, draw_part
 
 __all__ = [
     "activation",
     "attention",
+    "best_of_parts",
     "copy_blocks",
     "draw",
+    "draw_part",
     "gated",
     "gated_linear",
     "layer_norm",

@@ -58,19 +58,17 @@ def draw(
     assert scores.stride(1) == 1
     given = (temperature, random, seeds, choices, positions, top_k, top_p, min_p)
     assert all(t is None or (t.shape == (rows,) and t.is_contiguous()) for t in given)
+    if random is None or (top_k is None and top_p is None and min_p is None):
+        whole = draw_part(
+            scores, 0, temperature=temperature, random=random, seeds=seeds, choices=choices, positions=positions
+        )
+        return best_of_parts(whole[None])
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     finite = torch.empty(rows, dtype=torch.bool, device=device)
     options = launch_options(device)
     tiles = triton.cdiv(vocab, TILE)
     source = (scores, scores.stride(0), temperature, random)
     noise = (seeds, choices, positions)
-    if random is None or (top_k is None and top_p is None and min_p is None):
-        values = torch.empty(rows, tiles, device=device)
-        winners = torch.empty(rows, tiles, dtype=torch.int32, device=device)
-        _tile_best[(tiles, rows)](*source, *noise, values, winners, vocab, TILE=TILE, **options)
-        width = triton.next_power_of_2(tiles)
-        _merge[(rows,)](values, winners, tokens, finite, tiles, TILES=width, num_warps=1, **options)
-        return tokens, finite
     groups = triton.cdiv(vocab, GROUP.value)
     peaks = torch.empty(rows, groups, dtype=torch.int32, device=device)
     limits = torch.empty(rows, 3, device=device)
@@ -85,6 +83,38 @@ def draw(
         random, *noise, top_k, top_p, limits, tally, keys, ids, tokens, finite, vocab,
         BLOCK=BLOCK, num_warps=8, **options,
     )  # fmt: skip
+    return tokens, finite
+
+
+def draw_part(
+    scores: Tensor,
+    first: int,
+    *,
+    temperature: Tensor,
+    random: Tensor | None,
+    seeds: Tensor,
+    choices: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """As the twin: the candidates of a part of the vocabulary, here one of each tile."""
+    rows, vocab = scores.shape
+    tiles = triton.cdiv(vocab, TILE)
+    out = torch.empty(2, rows, tiles, device=scores.device)
+    _tile_best[(tiles, rows)](
+        scores, scores.stride(0), temperature, random, seeds, choices, positions, out[0], out[1], vocab, first,
+        TILE=TILE, **launch_options(scores.device),
+    )  # fmt: skip
+    return out
+
+
+def best_of_parts(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """As the twin: tokens and whether they are finite, of the candidates of all ranks `[ranks, 2, rows, tiles]`."""
+    ranks, _, rows, tiles = parts.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=parts.device)
+    finite = torch.empty(rows, dtype=torch.bool, device=parts.device)
+    width = triton.next_power_of_2(ranks * tiles)
+    options = launch_options(parts.device)
+    _merge[(rows,)](parts, tokens, finite, ranks, rows, tiles, CANDIDATES=width, num_warps=1, **options)
     return tokens, finite
 
 

@@ -145,8 +145,9 @@ def _tile_best(
     choices,
     positions,
     values,  # [rows, tiles] fp32
-    winners,  # [rows, tiles] int32
-    vocab,
+    winners,  # [rows, tiles], ids as numbers
+    vocab,  # the scores' ids begin at first
+    first,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -159,21 +160,25 @@ def _tile_best(
         x = _over_temperature(x, temperature, random, row)
         if tl.load(random + row) != 0:
             seed, choice, position = tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row)
-            x += _tile_noise(tile * TILE, seed, choice, position, 0, TILE)
-    value, winner = _first_best(x, ids)
+            x += _tile_noise(first + tile * TILE, seed, choice, position, 0, TILE)
+    value, winner = _first_best(x, first + ids)
     at = row * tl.num_programs(0) + tile
     tl.store(values + at, value)
     tl.store(winners + at, winner)
 
 
 @triton.jit
-def _merge(values, winners, tokens, finite, tiles, TILES: tl.constexpr, PDL: tl.constexpr):
+def _merge(parts, tokens, finite, ranks, rows, tiles, CANDIDATES: tl.constexpr, PDL: tl.constexpr):
+    """Of parts `[ranks, 2, rows, tiles]`: what `_tile_best` found on each rank."""
     grid_launch(PDL)
     grid_wait(PDL)
     row = tl.program_id(0)
-    tile = tl.arange(0, TILES)
-    x = tl.load(values + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
-    value, winner = _first_best(x, tl.load(winners + row * tiles + tile, mask=tile < tiles, other=0x7FFFFFFF))
+    i = tl.arange(0, CANDIDATES)
+    inside = i < ranks * tiles
+    at = i // tiles * (2 * rows * tiles) + row * tiles + i % tiles
+    x = tl.load(parts + at, mask=inside, other=float("-inf"))
+    ids = tl.load(parts + at + rows * tiles, mask=inside, other=2147483520.0).to(tl.int32)  # the largest that fp32 has
+    value, winner = _first_best(x, ids)
     good = (value > float("-inf")) & (value < float("inf"))
     tl.store(tokens + row, tl.where(good, winner, 0).to(tl.int64))
     tl.store(finite + row, good)
