@@ -124,14 +124,12 @@ class Ranks:
             return
         self.failure = f"{why}; the group has ended with it"
         self._failed.set()
-        self._kill()
+        processes = [link.process for link in self._links if link.process is not None]
+        for process in processes:
+            process.kill()  # also wakes those who wait for it in a collective
         self.when_lost()
-
-    def _kill(self) -> None:
-        for link in self._links:
-            if link.process is not None:
-                link.process.kill()  # also wakes those who wait for it in a collective
-                link.process.wait()
+        for process in processes:
+            process.wait()  # with a GPU it takes a second or two to end
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
