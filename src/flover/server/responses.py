@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar
 
 from flover.request import CompletionOutput, RequestOutput
-from flover.server.answers import Answer, Completion, chat_logprobs
+from flover.server.answers import Answer, Completion
 from flover.server.bodies import NOT_YET
 from flover.server.errors import ApiError, invalid
+from flover.server.logprobs import chat_logprobs
 from flover.server.protocol import GenerationRequest, check_logprobs, format_schema
 from flover.server.sse import event
 from flover.show import show
