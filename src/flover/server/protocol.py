@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from flover.sampling_params import SamplingParams
 from flover.server.bodies import Body
 from flover.server.errors import ApiError, from_value_error, invalid
-from flover.server.tools import call_schema, check_tools
+from flover.server.tools import call_format, check_tools
 from flover.show import show
 from flover.structured import StructuredOutputsParams
 
@@ -203,19 +203,7 @@ class ChatCompletionRequest(GenerationRequest):
         return None if self.tool_choice == "none" else self.tools or None
 
     def structured(self) -> StructuredOutputsParams | None:
-        wanted = super().structured()
-        try:
-            called = call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
-        except RecursionError:
-            raise invalid("tools are nested too deeply", "tools") from None
-        if called is None:
-            return wanted
-        if wanted is not None:
-            raise invalid("tool_choice asks for a call, which excludes another format of the text", "tool_choice")
-        try:
-            return StructuredOutputsParams(json=called, whitespace_pattern=" ?")  # as models write calls
-        except ValueError as error:
-            raise invalid(f"tools: {error}", "tools") from None
+        return call_format(self.tools, self.tool_choice, self.parallel_tool_calls, super().structured())
 
     def values(self) -> dict[str, Any]:
         values = super().values()
