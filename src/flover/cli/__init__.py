@@ -87,6 +87,11 @@ def serve(
     port: Annotated[int, typer.Option(help="0 is any free one")] = 8000,
     served_model_name: Annotated[list[str] | None, typer.Option(help="as clients call it; may be repeated")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="may be repeated; better in FLOVER_API_KEY")] = None,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(help="pages that may call from a browser; * is all; may be repeated")
+    ] = None,
+    allowed_methods: Annotated[list[str] | None, typer.Option(help="of those pages (default *)")] = None,
+    allowed_headers: Annotated[list[str] | None, typer.Option(help="of those pages (default *)")] = None,
     max_queued_requests: Annotated[int, typer.Option(help="that may wait; more is a 429")] = 1024,
     max_queued_tokens: Annotated[int, typer.Option(help="prompt tokens that may wait; more is a 429")] = 1 << 20,
     max_body_bytes: Annotated[int, typer.Option(help="of a request; more is a 413")] = 8 << 20,
@@ -116,12 +121,15 @@ def serve(
     engine: dict[str, Any],
 ) -> int:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
-    from flover.cli.serve import run_serve
+    from flover.cli.serve import names, run_serve
 
     server = {
         "host": host,
         "port": port,
         "served_model_names": served_model_name or (),
+        "allowed_origins": names("--allowed-origins", allowed_origins or ()),
+        "allowed_methods": names("--allowed-methods", allowed_methods or ("*",)),
+        "allowed_headers": names("--allowed-headers", allowed_headers or ("*",)),
         "max_queued_requests": max_queued_requests,
         "max_queued_tokens": max_queued_tokens,
         "max_body_bytes": max_body_bytes,

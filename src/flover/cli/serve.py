@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 KEYS = "FLOVER_API_KEY"
 
 
@@ -41,6 +43,18 @@ def run_batch_file(input: Path, output: Path, engine: Mapping[str, Any]) -> int:
     served, failed = run_batch(input, output, engine)
     print(f"{output}: {served} served, {failed} failed", file=sys.stderr)
     return int(failed > 0)
+
+
+def names(option: str, given: Sequence[str]) -> list[str]:
+    """Values of an option that may be repeated, each a name or, as in vLLM, a JSON list of them; ValueError."""
+    found: list[str] = []
+    for text in given:
+        try:
+            some = msgspec.json.decode(text, type=list[str]) if text.startswith("[") else [text]
+        except ValueError:
+            raise ValueError(f"{option} must be a name or a JSON list of them, got {text!r}") from None
+        found += some
+    return found
 
 
 def need_packages() -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flover
 from flover.request import CompletionOutput, RequestOutput, TokenLogprobs, is_own_fault
 from flover.sampling_params import SamplingParams
 from flover.server.errors import SERVER, ApiError, aborted
+from flover.server.logprobs import chat_logprobs, completion_logprobs
 from flover.server.protocol import ChatCompletionRequest, GenerationRequest
 from flover.server.sse import DONE, event
 from flover.server.tools import CallWriter, call_writer
@@ -48,6 +50,7 @@ class Completion:
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
         self._newest: dict[int, RequestOutput] = {}  # by prompt
         self.echoes: Sequence[Echo] = ()  # by prompt, where they are to be repeated
+        self.prompt_ids: Sequence[Sequence[int]] = ()  # by prompt, where token ids are wanted
         self._offsets: dict[int, int] = {}  # choice -> where the text of its next logprob begins
 
     def request_id(self, prompt: int) -> str:
@@ -67,30 +70,34 @@ class Completion:
             for prompt, output in sorted(self._newest.items())
             for choice in output.outputs
         ]
-        return {"id": self.id, "object": self.object, **self._head, "choices": choices, "usage": self._usage()}
+        head = {"id": self.id, "object": self.object, **self._head, **self._head_ids()}
+        return {**head, "choices": choices, "usage": self._usage()}
 
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
         """The answer as it grows; ApiError ends it early."""
         head = {"id": self.id, "object": self.chunk_object, **self._head}
         usage = {"usage": None} if self.include_usage else {}
-        sent: dict[int, tuple[int, int]] = {}  # choice -> characters and logprobs given out
+        sent: dict[int, tuple[int, int]] = {}  # choice -> characters and tokens given out
         over: set[int] = set()
         for i in range(self.n * self.num_prompts):
             sent[i] = (0, 0)
             for first in self._first(i):
-                yield event({**head, "choices": [first], **usage})
+                yield event({**head, **self._head_ids(), "choices": [first], **usage})
         async for output in outputs:
-            prompt = self._take(output)
+            output = self._take(output)
+            prompt = _prompt(output)
             for choice in output.outputs:
                 i = self._index(prompt, choice)
-                characters, scored = sent[i]
-                if i in over or (len(choice.text) == characters and not choice.finish_reason):
+                before = sent[i]
+                now = len(choice.text), len(choice.token_ids)
+                new = now != before if self.prompt_ids else now[0] > before[0]  # tokens may have no text of their own
+                if i in over or not (new or choice.finish_reason):
                     continue
                 if choice.finish_reason:
                     over.add(i)
-                text = choice.text[characters:] if characters else self._echo(i) + choice.text
-                delta = self._delta(output, choice, i, text, scored)
-                sent[i] = (len(choice.text), len(choice.logprobs or ()))
+                text = choice.text[before[0] :] if before[1] else self._echo(i) + choice.text
+                delta = self._delta(output, choice, i, text, before[1])
+                sent[i] = now
                 if delta is not None:
                     yield event({**head, "choices": [delta], **usage})
         if self.include_usage:
@@ -128,20 +135,38 @@ class Completion:
                 offset = 0 if text.startswith(first) else -len(first)  # a begin token is no part of the text
             best = getattr(self.request, "logprobs", None) or 0
             logprobs, self._offsets[index] = completion_logprobs(tokens, entries, offset, best, first)
-        return {"index": index, "text": text, "logprobs": logprobs, **_ending(choice)}
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            **self._ids(choice, index, scored),
+            **_ending(choice),
+        }
+
+    def _head_ids(self) -> Answer:
+        """Token ids beside the choices, in the whole and in chunks before any text."""
+        return {}
+
+    def _ids(self, choice: CompletionOutput, index: int, given: int) -> Answer:
+        """Token ids of a choice, from `given` on; as vLLM, those of the prompt beside the first."""
+        if not self.prompt_ids:
+            return {}
+        prompt = {} if given else {"prompt_token_ids": list(self.prompt_ids[index // self.n])}
+        return {**prompt, "token_ids": choice.token_ids[given:]}
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
-    def _take(self, output: RequestOutput) -> int:
-        """-> the number of its prompt; ApiError if a choice ended otherwise than by itself."""
-        prompt = int(output.request_id.rpartition("-")[2])
-        self._newest[prompt] = output
+    def _take(self, output: RequestOutput) -> RequestOutput:
+        """Note it; -> what of it is the client's. ApiError if a choice ended otherwise than by itself."""
+        if getattr(self.request, "scores_prompt", False):
+            output = replace(output, outputs=[_emptied(choice) for choice in output.outputs])
+        self._newest[_prompt(output)] = output
         for choice in output.outputs:
             if choice.finish_reason == "error":
                 raise _failed(choice.error or "the request failed")
             if choice.finish_reason == "abort":
                 raise aborted()
-        return prompt
+        return output
 
     def _echo(self, index: int) -> str:
         return self.echoes[index // self.n].text if self.echoes else ""
@@ -178,13 +203,20 @@ class ChatCompletion(Completion):
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
+    def _head_ids(self) -> Answer:
+        return {"prompt_token_ids": list(self.prompt_ids[0])} if self.prompt_ids else {}
+
+    def _ids(self, choice: CompletionOutput, index: int, given: int) -> Answer:
+        return {"token_ids": choice.token_ids[given:]} if self.prompt_ids else {}
+
     def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
         message: Answer = {"role": "assistant", "content": choice.text, "refusal": None}
         ending, writer = _ending(choice), self._writer()
         if writer is not None:
             message |= writer.whole(choice.text)
             ending["finish_reason"] = writer.finish_reason(ending["finish_reason"])
-        return {"index": index, "message": message, "logprobs": self._logprobs(choice, 0), **ending}
+        ids, logprobs = self._ids(choice, index, 0), self._logprobs(choice, 0)
+        return {"index": index, "message": message, "logprobs": logprobs, **ids, **ending}
 
     def _delta(
         self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
@@ -195,9 +227,10 @@ class ChatCompletion(Completion):
             self._calls[index] = writer
             delta = writer.delta(text, ending=choice.finish_reason is not None)
             ending["finish_reason"] = writer.finish_reason(ending["finish_reason"])
-            if not delta and not ending["finish_reason"] and choice.logprobs is None:
+            if not delta and not ending["finish_reason"] and choice.logprobs is None and not self.prompt_ids:
                 return None
-        return {"index": index, "delta": delta, "logprobs": self._logprobs(choice, scored), **ending}
+        ids, logprobs = self._ids(choice, index, scored), self._logprobs(choice, scored)
+        return {"index": index, "delta": delta, "logprobs": logprobs, **ids, **ending}
 
     def _logprobs(self, choice: CompletionOutput, scored: int) -> Answer | None:
         if choice.logprobs is None:
@@ -213,45 +246,18 @@ def _failed(error: str) -> ApiError:
     return ApiError(400, error, param="structured_outputs" if "structured" in error else None, code="generation_failed")
 
 
+def _prompt(output: RequestOutput) -> int:
+    """The number of its prompt."""
+    return int(output.request_id.rpartition("-")[2])
+
+
+def _emptied(choice: CompletionOutput) -> CompletionOutput:
+    """Without its tokens, which nobody asked for."""
+    reason = choice.finish_reason and ("length" if choice.finish_reason == "stop" else choice.finish_reason)
+    logprobs: list[TokenLogprobs] | None = None if choice.logprobs is None else []
+    return replace(choice, text="", token_ids=[], logprobs=logprobs, finish_reason=reason, stop_reason=None)
+
+
 def _ending(choice: CompletionOutput) -> Answer:
     reason: Answer = {"finish_reason": choice.finish_reason}
     return reason if choice.stop_reason is None else {**reason, "stop_reason": choice.stop_reason}
-
-
-def completion_logprobs(
-    tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], offset: int, best: int, first: str = ""
-) -> tuple[Answer, int]:
-    """OpenAI's lists, one entry per token, and where the next one begins in the text.
-
-    Args:
-        offset: of the first token. first: its text, if it is a prompt's and has no probability.
-    """
-    result: Answer = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token, entry in zip(tokens, entries):
-        text = first if entry is None else entry[token].decoded_token or ""
-        result["tokens"].append(text)
-        result["token_logprobs"].append(None if entry is None else entry[token].logprob)
-        # the one that was drawn is always there, as the API says
-        top = None if entry is None else {**dict(_best(entry, best)), text: entry[token].logprob}
-        result["top_logprobs"].append(top)
-        result["text_offset"].append(max(offset, 0))
-        offset += len(text)
-    return result, offset
-
-
-def chat_logprobs(tokens: Sequence[int], entries: Sequence[TokenLogprobs], best: int) -> list[Answer]:
-    def one(text: str, logprob: float) -> Answer:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    return [
-        {
-            **one(entry[token].decoded_token or "", entry[token].logprob),
-            "top_logprobs": [one(text, value) for text, value in _best(entry, best)],
-        }
-        for token, entry in zip(tokens, entries)
-    ]
-
-
-def _best(entry: Mapping[int, Any], best: int) -> list[tuple[str, float]]:
-    ranked = sorted(entry.values(), key=lambda one: one.rank)
-    return [(one.decoded_token or "", one.logprob) for one in ranked[:best]]

@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -31,6 +32,8 @@ from flover.server.protocol import (
 from flover.server.responses import ResponseAnswer, ResponsesRequest
 from flover.server.service import Service
 
+EXPOSED = ("X-Request-Id", "Retry-After")  # headers that pages of other origins may read, beside the usual ones
+
 
 def make_app(service: Service) -> ASGIApp:
     """The whole ASGI application."""
@@ -41,6 +44,9 @@ def make_app(service: Service) -> ASGIApp:
     )
     app = Bodies(app, config.max_body_bytes, config.body_timeout)
     app = Auth(app, config.api_keys)
+    if config.allowed_origins:  # outside the keys: a browser asks first without one, and reads a 401 too
+        methods, headers = config.allowed_methods, config.allowed_headers
+        app = CORSMiddleware(app, config.allowed_origins, methods, headers, expose_headers=EXPOSED)
     return RequestId(app)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flover.server.tool_parsers import FORMATS
+from flover.show import show
+
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,8 @@ class ServerConfig:
         host, port: where it listens; port 0 is any free one.
         served_model_names: what clients call the model; none is the name it was loaded by. The first is the answer's.
         api_keys: any of them is let in; none lets everyone in.
+        allowed_origins: whose pages may call the server from a browser (CORS); "*" is everyone's, none is its own
+            page's only. allowed_methods, allowed_headers: that they may use.
         max_body_bytes: of a request. body_timeout: seconds for it to arrive.
         max_queued_requests, max_queued_tokens: that may wait for a place in the batch; more is a 429.
         queue_timeout: seconds that a request may wait for its first token, request_timeout: for its last; None is for
@@ -39,6 +45,9 @@ class ServerConfig:
     port: int = 8000
     served_model_names: Sequence[str] = ()
     api_keys: Sequence[str] = field(default=(), repr=False)
+    allowed_origins: Sequence[str] = ()
+    allowed_methods: Sequence[str] = ("*",)
+    allowed_headers: Sequence[str] = ("*",)
     max_body_bytes: int = 8 << 20
     body_timeout: float = 30.0
     max_queued_requests: int = 1024
@@ -74,6 +83,9 @@ class ServerConfig:
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < 1e9:
                 raise ValueError(f"{name} must be a number of seconds above 0, got {seconds}")
+        for origin in self.allowed_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(f"allowed_origins must be such as https://app.example or *, got {show(origin)}")
         if not all(key.strip() for key in self.api_keys):
             raise ValueError("an API key is empty")
         if not all(name.strip() for name in self.served_model_names):

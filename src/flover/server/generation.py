@@ -64,6 +64,8 @@ class Generation:
         ]
         if isinstance(request, CompletionRequest) and request.echo:
             answer.echoes = await service.llm.in_thread(self._echoes, prepared, params.skip_special_tokens)
+        if isinstance(request, CompletionRequest | ChatCompletionRequest) and request.return_token_ids:
+            answer.prompt_ids = [one.prompt_token_ids for one in prepared]
         state = scope.get("state", {})
         asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
         stream = service.open(prepared, asked)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from flover.sampling_params import SamplingParams
 from flover.server.bodies import Body
 from flover.server.errors import ApiError, from_value_error, invalid
-from flover.server.tools import call_schema, check_tools
+from flover.server.tools import call_format, check_tools
 from flover.show import show
 from flover.structured import StructuredOutputsParams
 
@@ -150,6 +150,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Any
     echo: bool | None = None
     logprobs: int | None = None
+    return_token_ids: bool | None = None
 
     subject = "prompt"
 
@@ -157,9 +158,18 @@ class CompletionRequest(GenerationRequest):
         super().check()
         check_logprobs("logprobs", self.logprobs)
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Nothing is wanted but the prompt, and what the model thinks of it."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def values(self) -> dict[str, Any]:
-        scored = {"prompt_logprobs": self.logprobs} if self.echo and self.logprobs is not None else {}
-        return {**super().values(), **scored}
+        values = super().values()
+        if self.echo and self.logprobs is not None:
+            values["prompt_logprobs"] = self.logprobs
+        if self.scores_prompt:
+            values["max_tokens"] = 1  # the engine makes one in any case, and the answer leaves it out
+        return values
 
     def prompts(self) -> list[Any]:
         """One prompt for the engine each: text or a list of token ids."""
@@ -176,6 +186,7 @@ class ChatCompletionRequest(GenerationRequest):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    return_token_ids: bool | None = None
 
     subject, limit = "messages", "max_completion_tokens"
 
@@ -192,19 +203,7 @@ class ChatCompletionRequest(GenerationRequest):
         return None if self.tool_choice == "none" else self.tools or None
 
     def structured(self) -> StructuredOutputsParams | None:
-        wanted = super().structured()
-        try:
-            called = call_schema(self.tools, self.tool_choice, self.parallel_tool_calls)
-        except RecursionError:
-            raise invalid("tools are nested too deeply", "tools") from None
-        if called is None:
-            return wanted
-        if wanted is not None:
-            raise invalid("tool_choice asks for a call, which excludes another format of the text", "tool_choice")
-        try:
-            return StructuredOutputsParams(json=called, whitespace_pattern=" ?")  # as models write calls
-        except ValueError as error:
-            raise invalid(f"tools: {error}", "tools") from None
+        return call_format(self.tools, self.tool_choice, self.parallel_tool_calls, super().structured())
 
     def values(self) -> dict[str, Any]:
         values = super().values()

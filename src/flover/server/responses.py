@@ -1,23 +1,25 @@
-"""/v1/responses: OpenAI's newer form of a chat, text in and out. Nothing is stored, so none can be continued."""
+"""/v1/responses: OpenAI's newer form of a chat: text, and calls of functions. Nothing is stored: none is continued."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 from flover.request import CompletionOutput, RequestOutput
-from flover.server.answers import Answer, Completion, chat_logprobs
+from flover.server.answers import Answer, Completion
 from flover.server.bodies import NOT_YET
 from flover.server.errors import ApiError, invalid
+from flover.server.logprobs import chat_logprobs
 from flover.server.protocol import GenerationRequest, check_logprobs, format_schema
+from flover.server.response_input import as_chat_choice, as_chat_tools, as_messages
+from flover.server.response_items import Item, Items
 from flover.server.sse import event
-from flover.show import show
+from flover.server.tools import call_format, call_writer, check_tools
 from flover.structured import StructuredOutputsParams
 
 NOT_HERE = NOT_YET | {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "previous_response_id": (None,),
     "conversation": (None,),
     "background": (None, False),
@@ -25,6 +27,7 @@ NOT_HERE = NOT_YET | {
     "store": (None, False, True),  # asked for by default; this server has no store
 }
 LOGPROBS = "message.output_text.logprobs"  # in `include`; what else can be is of tools, images and reasoning
+UNSAID = {"description": None, "parameters": None, "strict": None}  # of a tool
 ECHOED = ("instructions", "max_output_tokens", "user")
 
 
@@ -36,17 +39,33 @@ class ResponsesRequest(GenerationRequest):
     text: dict[str, Any] | None = None
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     subject, limit, refused = "input", "max_output_tokens", NOT_HERE
     add_generation_prompt: ClassVar[bool | None] = None
     chat_template_kwargs: ClassVar[None] = None
-    given_tools: ClassVar[None] = None
 
     def check(self) -> None:
         super().check()
         if (self.n or 1) != 1:
             raise invalid(f"n must be 1, got {self.n}", "n")
         check_logprobs("top_logprobs", self.top_logprobs)
+        check_tools(self.chat_tools, self.chat_choice)
+
+    @property
+    def chat_tools(self) -> list[dict[str, Any]]:
+        return as_chat_tools(self.tools or ())
+
+    @property
+    def chat_choice(self) -> str | dict[str, Any] | None:
+        return as_chat_choice(self.tool_choice)
+
+    @property
+    def given_tools(self) -> list[dict[str, Any]] | None:
+        """Those that the model is told of."""
+        return None if self.tool_choice == "none" else self.chat_tools or None
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -54,7 +73,7 @@ class ResponsesRequest(GenerationRequest):
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
         if isinstance(self.input, str):
             return [*first, {"role": "user", "content": self.input}]
-        return [*first, *(_message(item) for item in self.input)]
+        return [*first, *as_messages(self.input)]
 
     def structured(self) -> StructuredOutputsParams | None:
         form = (self.text or {}).get("format")
@@ -62,28 +81,16 @@ class ResponsesRequest(GenerationRequest):
             form = {"type": "json_schema", "json_schema": form}
         try:
             schema = format_schema(form, "text")
-            return super().structured() if schema is None else StructuredOutputsParams.of(schema)
+            wanted = super().structured() if schema is None else StructuredOutputsParams.of(schema)
         except ValueError as error:
             raise invalid(f"text: {error}", "text") from None
+        return call_format(self.chat_tools, self.chat_choice, self.parallel_tool_calls, wanted)
 
     def values(self) -> dict[str, Any]:
         values = super().values()
         if self.top_logprobs is not None or LOGPROBS in (self.include or ()):
             values["logprobs"] = self.top_logprobs or 0
         return values
-
-
-def _message(item: dict[str, Any]) -> dict[str, Any]:
-    if item.get("type", "message") != "message":
-        raise invalid(f"input must hold messages, got {show(item)}", "input")
-    content = item.get("content")
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {} for part in content]
-        wanted = ("input_text", "output_text", "text")
-        if not all(part.get("type") in wanted and isinstance(part.get("text"), str) for part in parts):
-            raise invalid(f"input: content must be text, got {show(content)}", "input")
-        content = "\n".join(part["text"] for part in parts)
-    return {"role": item.get("role"), "content": content}
 
 
 class ResponseAnswer(Completion):
@@ -96,36 +103,37 @@ class ResponseAnswer(Completion):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.id = f"resp_{uuid.uuid4().hex}"
-        self._item_id = f"msg_{uuid.uuid4().hex}"
         self._number = 0
 
+    def _items(self) -> Items:
+        request = self.request
+        return Items(call_writer(request.given_tools, request.chat_choice, self.tool_format))
+
     def so_far(self) -> Answer:
-        return self._response(self._choice_of(self._newest[0])) if self._newest else {}
+        if not self._newest:
+            return {}
+        choice, items = self._newest[0].outputs[0], self._items()
+        for _ in chain(items.push(choice.text, self._logprobs(choice, 0), ending=True), items.close(_status(choice))):
+            pass  # nobody hears of the changes
+        return self._response(choice, items.done)
 
     async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[bytes]:
-        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         yield self._event("response.created", response=self._response(None))
         yield self._event("response.in_progress", response=self._response(None))
-        empty = {**self._item("in_progress"), "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=empty)
-        yield self._event("response.content_part.added", **place, part=self._part(None))
+        items = self._items()
         characters = scored = 0
         choice: CompletionOutput | None = None
         async for output in outputs:
-            self._take(output)
-            choice = self._choice_of(output)
-            if len(choice.text) > characters:
-                logprobs = self._logprobs(choice, scored)
-                delta, characters, scored = choice.text[characters:], len(choice.text), len(choice.logprobs or ())
-                yield self._event("response.output_text.delta", **place, delta=delta, logprobs=logprobs)
+            choice = self._take(output).outputs[0]
+            text, logprobs = choice.text[characters:], self._logprobs(choice, scored)
+            characters, scored = len(choice.text), len(choice.token_ids)
+            for kind, fields in items.push(text, logprobs, ending=output.finished):
+                yield self._event(kind, **fields)
         assert choice is not None
-        part = self._part(choice)
-        yield self._event("response.output_text.done", **place, text=choice.text, logprobs=part["logprobs"])
-        yield self._event("response.content_part.done", **place, part=part)
-        item = self._item(_status(choice), choice)
-        yield self._event("response.output_item.done", output_index=0, item=item)
+        for kind, fields in items.close(_status(choice)):
+            yield self._event(kind, **fields)
         kind = "response.completed" if _status(choice) == "completed" else "response.incomplete"
-        yield self._event(kind, response=self._response(choice))
+        yield self._event(kind, response=self._response(choice, items.done))
 
     def error_event(self, error: ApiError) -> bytes:
         inner = error.body["error"]
@@ -136,23 +144,12 @@ class ResponseAnswer(Completion):
         body = {"type": kind, "sequence_number": self._number - 1, **fields}
         return f"event: {kind}\n".encode() + event(body)
 
-    def _choice_of(self, output: RequestOutput) -> CompletionOutput:
-        return output.outputs[0]
-
-    def _part(self, choice: CompletionOutput | None) -> Answer:
-        text, logprobs = ("", []) if choice is None else (choice.text, self._logprobs(choice, 0))
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
     def _logprobs(self, choice: CompletionOutput, scored: int) -> Sequence[Answer]:
         if choice.logprobs is None:
             return []
         return chat_logprobs(choice.token_ids[scored:], choice.logprobs[scored:], self.request.top_logprobs or 0)
 
-    def _item(self, status: str, choice: CompletionOutput | None = None) -> Answer:
-        item = {"type": "message", "id": self._item_id, "status": status, "role": "assistant"}
-        return {**item, "content": [self._part(choice)]}
-
-    def _response(self, choice: CompletionOutput | None) -> Answer:
+    def _response(self, choice: CompletionOutput | None, items: Sequence[Item] = ()) -> Answer:
         status = "in_progress" if choice is None else _status(choice)
         limited = choice is not None and choice.finish_reason == "length"
         request = self.request
@@ -164,15 +161,17 @@ class ResponseAnswer(Completion):
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if limited else None,
             "model": self._head["model"],
-            "output": [] if choice is None else [self._item(status, choice)],
+            "output": list(items),
             **{name: getattr(request, name) for name in ECHOED},
             "temperature": self.params.temperature,
             "top_p": self.params.top_p,
             "metadata": request.metadata or {},
             "text": request.text or {"format": {"type": "text"}},
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
-            "tools": [],
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "tool_choice": request.tool_choice or "auto",
+            "tools": [
+                {"description": None, "parameters": None, "strict": None, **tool} for tool in request.tools or ()
+            ],
             "previous_response_id": None,
             "store": False,
             "truncation": "disabled",

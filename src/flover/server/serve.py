@@ -68,6 +68,14 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def reap() -> None:
+    """As process 1 of a container, which inherits the engine of a front that was killed: it stays no zombie."""
+    if os.getpid() == 1:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
     """A socket from which the numbers of signals can be read. After it they are ignored: this process is ending."""
@@ -164,6 +172,7 @@ class Supervisor:
                     if not self._served:
                         print(f"Flover serves {message.model} at {url(self._listener)}", flush=True)
                     self._served, self._serving_since = True, time.monotonic()
+                    reap()
                 elif isinstance(message, Leaving):
                     self._code, self._num_signals = 0, max(self._num_signals, 1)
                 elif isinstance(message, Failed):

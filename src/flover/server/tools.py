@@ -14,6 +14,7 @@ from typing import Any
 from flover.server.errors import invalid
 from flover.server.tool_parsers import FORMATS, REQUIRED, CallArguments, CallBegin, Content, Event, ToolParser
 from flover.show import show
+from flover.structured import StructuredOutputsParams
 
 Tool = dict[str, Any]
 MAX_TOOLS = 128
@@ -78,6 +79,27 @@ def call_schema(tools: Sequence[Tool] | None, choice: str | Tool | None, paralle
     return {"type": "array", "minItems": 1, **limit, "items": {"anyOf": calls}, "$defs": definitions}
 
 
+def call_format(
+    tools: Sequence[Tool] | None,
+    choice: str | Tool | None,
+    parallel: bool | None,
+    wanted: StructuredOutputsParams | None,
+) -> StructuredOutputsParams | None:
+    """What the text must follow: `wanted`, or a call if the choice asks for one; ApiError for both."""
+    try:
+        called = call_schema(tools, choice, parallel)
+    except RecursionError:
+        raise invalid("tools are nested too deeply", "tools") from None
+    if called is None:
+        return wanted
+    if wanted is not None:
+        raise invalid("tool_choice asks for a call, which excludes another format of the text", "tool_choice")
+    try:
+        return StructuredOutputsParams(json=called, whitespace_pattern=" ?")  # as models write calls
+    except ValueError as error:
+        raise invalid(f"tools: {error}", "tools") from None
+
+
 def _moved(schema: Any, place: str) -> Any:
     """A schema whose references within itself (`#`, `#/$defs/x`, `#/definitions/x`) hold at another place."""
     if isinstance(schema, list):
@@ -109,7 +131,7 @@ class CallWriter:
         """content and tool_calls of a message."""
         content = ""
         calls: dict[int, dict[str, Any]] = {}
-        for event in self._events(text, ending=True):
+        for event in self.events(text, ending=True):
             if isinstance(event, Content):
                 content += event.text
             elif isinstance(event, CallBegin):
@@ -122,7 +144,7 @@ class CallWriter:
         """The delta of new text; empty if it tells nothing yet."""
         delta: dict[str, Any] = {}
         calls: list[dict[str, Any]] = []
-        for event in self._events(text, ending):
+        for event in self.events(text, ending):
             if isinstance(event, Content):
                 delta["content"] = delta.get("content", "") + event.text
             elif isinstance(event, CallBegin):
@@ -137,7 +159,8 @@ class CallWriter:
         """As OpenAI has it: a named function keeps "stop"."""
         return "tool_calls" if reason == "stop" and self._parser is not None and self._parser.num_calls else reason
 
-    def _events(self, text: str, ending: bool) -> list[Event]:
+    def events(self, text: str, ending: bool) -> list[Event]:
+        """What new text brings."""
         if self._parser is not None:
             return [*self._parser.push(text), *(self._parser.finish() if ending else ())]
         first: list[Event] = [] if self._begun else [CallBegin(0, self._name or "")]
