@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flover.config import EngineConfig
-from flover.engine.wire import Connection, Finish, NewRequest, Start, ToEngine
+from flover.engine.wire import Connection, Finish, NewRequest, Outbox, Start, ToEngine
 from flover.request import FinishReason, Request, RowSampling
 
 MESSAGES = st.lists(
@@ -68,3 +69,22 @@ def test_a_request_comes_through_whole() -> None:
     assert (back.client, back.arrival_time) == ("key", 3.5)
     assert back.logprobs == []
     assert NewRequest.of(second).sibling == "a"
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_what_the_socket_does_not_take_at_once_follows(blocking: bool) -> None:
+    """uvloop makes a socket that it polls non-blocking without telling Python."""
+    a, b = socket.socketpair()
+    outbox, receiver = Outbox(Connection(a, ToEngine)), Connection(b, ToEngine)
+    os.set_blocking(a.fileno(), blocking)
+    messages = [Finish("x" * 200_000, FinishReason.ABORT, i) for i in range(20)]
+    for message in messages:
+        outbox.send(message)
+    b.settimeout(20)
+    got: list[ToEngine] = []
+    while len(got) < len(messages):
+        got += receiver.receive()
+    assert got == messages
+    outbox.close()
+    a.close()
+    b.close()

@@ -6,6 +6,7 @@ answers with one message a step for all rows.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
@@ -312,6 +313,16 @@ class Outbox:
     def _drain(self) -> None:
         with suppress(OSError):  # it is gone, which the reader will say
             while (data := self._rest.get()) is not None:
-                self._connection.socket.sendall(data)
+                self._send_all(data)
                 with self._lock:
                     self._num_waiting -= 1
+
+    def _send_all(self, data: bytes) -> None:
+        """As `sendall`, also where a loop has made the socket non-blocking behind Python's back, as uvloop does."""
+        end, rest = self._connection.socket, memoryview(data)
+        room = select.poll()
+        room.register(end, select.POLLOUT)
+        while rest:
+            room.poll()
+            with suppress(BlockingIOError):
+                rest = rest[end.send(rest) :]
