@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from _scaling_fluid import Load, Result, StepTable
+from _scaling_fluid import Load, Result
+from _scaling_rows import StepTable
 
 from flover.config import KVConfig, SchedulerConfig
 from flover.engine.batch import StepResult

@@ -1,12 +1,13 @@
 """The cost model against measurements.
 
-    python benchmarks/scaling.py [--only calibrate,check,routing,autoscaling] [--out benchmarks/results]
+    python benchmarks/scaling.py [--only calibrate,ranks,check,routing,autoscaling] [--out benchmarks/results]
 
 calibrate: fits `flover.cluster.hardware.Efficiency` to one H200 and says how far off it is, on models that the fit has
 seen and on others.
+ranks: what it says of several ranks, beside what benchmarks/ranks.py has measured; empty where it has not run.
 check: a fluid model of replicas against the real scheduler on a virtual clock, 10^4 requests.
 routing, autoscaling: the fluid model's curves; 10^6 requests on 10^3 replicas.
-Writes scaling.json and pictures. Deterministic; about a minute on one core.
+Writes scaling.json and pictures. Deterministic; a minute and a half on one core, half of it the real scheduler.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 
 from _scaling_curves import autoscaling, check, routing
 from _scaling_fit import calibrate
+from _scaling_ranks import ranks
 
-PARTS = {"calibrate": calibrate, "check": check, "routing": routing, "autoscaling": autoscaling}
+PARTS = {"calibrate": calibrate, "ranks": ranks, "check": check, "routing": routing, "autoscaling": autoscaling}
 
 
 def main() -> None:

@@ -40,14 +40,14 @@ class Efficiency:
         link: share of a link's bandwidth in an all-reduce: NCCL itself counts on 360 of an H100's 450 GB/s.
     """
 
-    weights: float = 0.90
+    weights: float = 0.876
     kv: float = 0.90
-    flops: float = 0.73
-    softness: float = 1.36
-    layer: float = 18.8e-6
-    row: float = 0.76e-6
+    flops: float = 0.689
+    softness: float = 1.64
+    layer: float = 18.3e-6
+    row: float = 1.40e-6
     step: float = 50e-6
-    eight_bit: float = 0.68
+    eight_bit: float = 0.736
     link: float = 0.8
 
     def __post_init__(self) -> None:
