@@ -4,67 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import signal
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from replicas import LONG, SMALL, Stream, command, running
+
+from flover.cluster.offline import BLOCK, _blocks
 
 pytest.importorskip("ray")
-LONG = {"prompt": "And it came to pass", "max_tokens": 900, "ignore_eos": True, "stream": True, "temperature": 0}
-SMALL = ("--cpus", "0.5", "--device", "cpu", "--num-threads", "1", "--drain-timeout", "20")
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "flover", *words]
-
-
-@contextlib.contextmanager
-def running(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A command that says `Flover serves ... at URL`; -> it, URL."""
-    process = subprocess.Popen(
-        command(*words), stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        assert process.stdout is not None
-        line = next((line for line in process.stdout if line.startswith("Flover serves")), "")
-        assert line, "it did not start"
-        yield process, line.split()[-1]
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-class Stream(threading.Thread):
-    """A streamed request, read on a thread."""
-
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
-        self.url, self.body, self.events = url, body, list[str]()
-        self.started = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=120) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: "):
-                    self.events.append(line.removeprefix("data: "))
-                    self.started.set()
-
-    def ending(self) -> str:
-        """Its finish reason, or its error's code."""
-        self.join(120)
-        assert self.events[-1] == "[DONE]"
-        last = json.loads(self.events[-2])
-        return str(last["error"]["code"] if "error" in last else last["choices"][0]["finish_reason"])
+HALF = ("--cpus", "0.5", *SMALL)
 
 
 def servers(pid: int) -> list[psutil.Process]:
@@ -79,7 +34,7 @@ def servers(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_lost_replica_costs_its_own_streams_only() -> None:
-    with running("serve", "--replicas", "2", "--port", "0", *SMALL) as (process, url):
+    with running("serve", "--replicas", "2", "--port", "0", *HALF) as (process, url):
         prompts = [f"{i} {LONG['prompt']}" for i in range(8)]
         streams = [Stream(url, {**LONG, "prompt": prompt}) for prompt in prompts]
         assert all(stream.started.wait(60) for stream in streams)
@@ -102,12 +57,12 @@ def test_a_lost_replica_costs_its_own_streams_only() -> None:
 def test_an_update_drops_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else only the process that started Ray may join it
-    with running("serve", "--replicas", "1", "--port", "0", *SMALL) as (process, url):
+    with running("serve", "--replicas", "1", "--port", "0", *HALF) as (process, url):
         before = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         address = _address(process.pid)
         stream = Stream(url, LONG)
         assert stream.started.wait(60)
-        options = ("--ray-address", address, "--replicas", "1", "--served-model-name", "new", *SMALL)
+        options = ("--ray-address", address, "--replicas", "1", "--served-model-name", "new", *HALF)
         update = subprocess.run(command("cluster", "up", *options), timeout=120, capture_output=True, text=True)
         assert update.returncode == 0, update.stderr
         assert stream.ending() == "length"
@@ -115,6 +70,56 @@ def test_an_update_drops_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         while (after := httpx.get(f"{url}/v1/models").json()["data"][0]["id"]) == before:
             assert time.monotonic() < deadline
         assert after == "new"
+
+
+@pytest.mark.slow
+def test_a_batch_file_has_the_same_results_with_ray(tmp_path: Path) -> None:
+    lines = [
+        {"custom_id": f"r{i}", "url": "/v1/completions", "body": {"prompt": f"{i} And it", "max_tokens": 4, "seed": i}}
+        for i in range(300)
+    ]
+    lines.append({"custom_id": "bad", "url": "/v1/completions", "body": {"prompt": 5.5}})
+    given, plain, ray = (tmp_path / name for name in ("in.jsonl", "plain.jsonl", "ray.jsonl"))
+    given.write_text("".join(json.dumps({**line, "method": "POST"}) + "\n" for line in lines))
+    engine = ("--device", "cpu", "--num-threads", "1", "-i", str(given))
+    half = str(_cpus() / 2)  # engines that take all the CPUs there are
+    for words in (("-o", str(plain)), ("-o", str(ray), "--ray", "--replicas", "2", "--cpus", half)):
+        done = subprocess.run(command("run-batch", *engine, *words), timeout=180, capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr  # one line is bad
+        assert "300 served, 1 failed" in done.stderr
+    assert len(ray.read_text().splitlines()) == len(lines)
+    assert _results(ray) == _results(plain)
+
+
+def _cpus() -> int:
+    """As Ray counts them."""
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus())
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """Status and answer by custom_id, without what differs from run to run."""
+    found = {}
+    for line in path.read_text().splitlines():
+        result = json.loads(line)
+        body = result["response"]["body"]
+        found[result["custom_id"]] = result["response"]["status_code"], body.get("choices"), body.get("usage")
+    return found
+
+
+def test_blocks_of_a_file_are_whole_lines_for_every_engine(tmp_path: Path) -> None:
+    lines = [b"x" * (i % 7) + b"\n" for i in range(10)] + [b"no end"]
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"".join(lines))
+    data = path.read_bytes()
+    blocks = [data[block["begin"] : block["end"]] for block in _blocks(path, 3)]
+    assert b"".join(blocks) == data
+    assert [block.count(b"\n") for block in blocks] == [4, 4, 2]
+    path.write_bytes(b"a\n" * (BLOCK + 1))
+    assert [block["end"] - block["begin"] for block in _blocks(path, 1)] == [2 * BLOCK, 2]
+    path.write_bytes(b"")
+    assert _blocks(path, 2) == []
 
 
 def _address(pid: int) -> str:

@@ -52,8 +52,9 @@ def run_batch_on_ray(
     from flover.cluster.offline import run_batch_ray
 
     need_packages()
-    print(f"{output}: {run_batch_ray(input, output, engine, address, engines, cpus)} results", file=sys.stderr)
-    return 0
+    served, failed = run_batch_ray(input, output, engine, address, engines, cpus)
+    print(f"{output}: {served} served, {failed} failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 @app.command()

@@ -28,6 +28,7 @@ BYTES_PER_TOKEN = 4  # of a request's body, about
 PREFIX_CHARS = 512  # of the text that decides a request's homes
 RETRIED = (b'"draining"', b'"engine_dead"')  # codes of a 503 that another replica may not give
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+OURS = (b"x-request-id", b"date")  # headers that the ingress sets itself; the id is the client's
 logger = logging.getLogger("flover")
 
 
@@ -154,7 +155,7 @@ class Ingress:
 
 
 def _start(upstream: Upstream) -> dict[str, Any]:
-    headers = [pair for pair in upstream.headers if pair[0] != b"x-request-id"]  # ours is the client's
+    headers = [pair for pair in upstream.headers if pair[0] not in OURS]
     return {"type": "http.response.start", "status": upstream.status, "headers": headers}
 
 

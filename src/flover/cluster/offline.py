@@ -1,7 +1,8 @@
 """`flover run-batch --ray`: a batch file over Ray Data, of any size: blocks of lines, each to one of several engines.
 
 Lines go through the same application as `flover run-batch` (`server.batch`) and come back in any order; each result
-carries its custom_id. A block whose engine or node is lost is done again elsewhere.
+carries its custom_id. A block whose engine or node is lost is done again elsewhere. What Ray hands round is where a
+block lies in the file: no task reads it first, so engines may have all CPUs.
 """
 
 from __future__ import annotations
@@ -13,45 +14,58 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-BLOCK = 1024  # lines that an engine is handed at a time: enough to fill its batch for a while
+import msgspec
+
+BLOCK = 1024  # lines that an engine is handed at a time, at most: enough to fill its batch for a while
 
 
 class Engine:
-    """An engine in a Ray actor; called with lines, it gives results."""
+    """An engine in a Ray actor; called with where lines of `input` begin and end, it gives their results."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, input: Path, options: Mapping[str, Any]) -> None:
         from flover.async_llm import AsyncLLM
 
+        self._input = input
         self._llm = AsyncLLM(**options)
         self._loop = asyncio.new_event_loop()
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         from flover.server.batch import serve_file
 
         with TemporaryDirectory() as folder:
             lines, results = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
-            lines.write_text("".join(f"{line}\n" for line in batch["text"]), encoding="utf-8")
-            with open(results, "wb") as file:
-                self._loop.run_until_complete(serve_file(self._llm, lines, file))
-            return {"text": results.read_text(encoding="utf-8").splitlines()}
+            with open(self._input, "rb") as file, open(lines, "wb") as part:
+                for begin, end in zip(batch["begin"].tolist(), batch["end"].tolist()):
+                    file.seek(begin)
+                    part.write(file.read(end - begin))
+            with open(results, "wb") as output:
+                self._loop.run_until_complete(serve_file(self._llm, lines, output))
+            texts = results.read_text(encoding="utf-8").splitlines()
+        return {"text": texts, "failed": [_failed(text) for text in texts]}
+
+
+def _failed(line: str) -> bool:
+    """Whether a result is of a request that failed."""
+    result = msgspec.json.decode(line)
+    return result["error"] is not None or result["response"]["status_code"] != 200
 
 
 def run_batch_ray(
     input: Path, output: Path, engine: Mapping[str, Any], address: str | None, engines: int, cpus: float
-) -> int:
-    """-> lines written to `output`, which takes its name once all are there.
+) -> tuple[int, int]:
+    """-> requests served, requests that failed; `output` takes its name once all are there.
 
     Args:
         engines: that work at a time. cpus: of each, for Ray; on a cluster with GPUs each takes its ranks' GPUs too.
 
     Raises:
-        ValueError: an input that is not there, a head that cannot be reached.
+        ValueError: an input that is not there, a head that cannot be reached, more engines than there is room for.
     """
     if not input.is_file():
         raise ValueError(f"there is no file {input}")
     if not output.parent.is_dir():
         raise ValueError(f"there is no folder {output.parent}")
-    from flover.cluster.ray import connected
+    from flover.cluster.ray import check_room, connected
 
     with connected(address):
         import ray
@@ -61,21 +75,37 @@ def run_batch_ray(
         except ImportError as error:
             raise ValueError(f'Ray Data needs {error.name}: pip install "flover[ray]"') from None
         gpus = engine.get("tensor_parallel_size", 1) if ray.cluster_resources().get("GPU") else 0
-        results = ray.data.read_text(str(input.absolute())).map_batches(
+        check_room(engines, cpus, gpus)
+        blocks = _blocks(input, engines)
+        results = ray.data.from_items(blocks, override_num_blocks=len(blocks) or None).map_batches(
             Engine,
-            fn_constructor_args=(dict(engine),),
+            fn_constructor_args=(input.absolute(), dict(engine)),
             compute=ActorPoolStrategy(size=engines),
-            batch_size=BLOCK,
+            batch_size=1,
             num_cpus=cpus,
             num_gpus=gpus,
         )
         partial = output.with_name(f"{output.name}.partial")
-        count = 0
+        counts = [0, 0]
         with open(partial, "w", encoding="utf-8") as file:
             for row in results.iter_rows():
                 file.write(f"{row['text']}\n")
-                count += 1
+                counts[row["failed"]] += 1
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, output)
-    return count
+    return counts[0], counts[1]
+
+
+def _blocks(input: Path, engines: int) -> list[dict[str, int]]:
+    """Where blocks of lines begin and end; of a short file every engine gets some."""
+    with open(input, "rb") as file:
+        count = sum(1 for _ in file)
+        size, blocks, begin, end = min(BLOCK, -(-count // engines)), list[dict[str, int]](), 0, 0
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            end += len(line)
+            if number % size == 0 or number == count:
+                blocks.append({"begin": begin, "end": end})
+                begin = end
+    return blocks

@@ -118,7 +118,7 @@ def up(config: ClusterConfig, arguments: Sequence[str], tp: int, drain: float, w
         raise ValueError(f"tensor_parallel_size={tp} cannot be spread over {config.nodes} nodes evenly")
     if config.gpus is None:
         config = replace(config, gpus=tp // config.nodes if ray.cluster_resources().get("GPU") else 0)
-    _check_room(config)
+    check_room(config.replicas, config.cpus * config.nodes, (config.gpus or 0) * config.nodes)
     environment = {k: v for k, v in os.environ.items() if k in PASSED_ON}
     options: dict[str, Any] = {"graceful_shutdown_timeout_s": drain + 2 * DRAIN_MARGIN, **SERVE_OPTIONS}
     bundle = {"CPU": config.cpus, **({"GPU": config.gpus} if config.gpus else {})}
@@ -145,16 +145,16 @@ def up(config: ClusterConfig, arguments: Sequence[str], tp: int, drain: float, w
         time.sleep(0.2)
 
 
-def _check_room(config: ClusterConfig) -> None:
-    """ValueError if the whole cluster is too small."""
+def check_room(replicas: int, cpus: float, gpus: float) -> None:
+    """ValueError if the whole cluster is too small for replicas of so much each."""
     import ray
 
     have = ray.cluster_resources()
-    for name, each in (("CPU", config.cpus), ("GPU", config.gpus or 0)):
-        wanted = each * config.nodes * config.replicas
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        wanted = each * replicas
         if wanted > have.get(name, 0):
             raise ValueError(
-                f"{config.replicas} replicas need {wanted:g} {name}, the cluster has {have.get(name, 0):g}: "
+                f"{replicas} replicas need {wanted:g} {name}, the cluster has {have.get(name, 0):g}: "
                 f"fewer replicas or fewer --{name.lower()}s each would fit"
             )
 

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flover.cluster.registry import registry
 
 BEAT = 1.0  # seconds between reports
+RANK_SECONDS = 5.0  # that a rank on another node has to say that it runs
 DRAIN_MARGIN = 5.0  # seconds that Ray waits beyond the server's own drain
 
 
@@ -136,9 +137,16 @@ class Replica:
             pass  # no beat is what says so
 
     def check_health(self) -> None:
-        """Ray Serve asks; RuntimeError has it start another replica."""
+        """Ray Serve asks; RuntimeError has it start another replica, with all its ranks."""
         if self.server.process.poll() is not None:
             raise RuntimeError(f"flover serve ended with code {self.server.process.returncode}")
+        for number, rank in enumerate(self._ranks, 1):
+            try:
+                there = ray.get(rank.running.remote(), timeout=RANK_SECONDS)
+            except ray.exceptions.RayError:
+                there = False
+            if not there:  # the server would wait in vain for it to join again
+                raise RuntimeError(f"rank {number} is lost")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `flover.cluster.ray.Scale` decides by."""
