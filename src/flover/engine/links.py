@@ -167,8 +167,9 @@ class Ranks:
             if link.process is not None:
                 with suppress(subprocess.TimeoutExpired):
                     link.process.wait(timeout=0 if self.failure else 5)
+                link.process.kill()  # does nothing to one that has ended
+                link.process.wait()
             link.connection.close()
-        self._kill()
 
 
 def start_ranks(size: int) -> Ranks:
