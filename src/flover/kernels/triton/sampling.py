@@ -101,7 +101,7 @@ def draw_part(
     tiles = triton.cdiv(vocab, TILE)
     out = torch.empty(2, rows, tiles, device=scores.device)
     _tile_best[(tiles, rows)](
-        scores, scores.stride(0), temperature, random, seeds, choices, positions, out[0], out[1], vocab, first,
+        scores, scores.stride(0), temperature, random, seeds, choices, positions, out, vocab, first,
         TILE=TILE, **launch_options(scores.device),
     )  # fmt: skip
     return out

@@ -144,8 +144,7 @@ def _tile_best(
     seeds,
     choices,
     positions,
-    values,  # [rows, tiles] fp32
-    winners,  # [rows, tiles], ids as numbers
+    part,  # [2, rows, tiles] fp32: the best scores, and their ids as numbers
     vocab,  # the scores' ids begin at first
     first,
     TILE: tl.constexpr,
@@ -163,11 +162,11 @@ def _tile_best(
             x += _tile_noise(first + tile * TILE, seed, choice, position, 0, TILE)
     value, winner = _first_best(x, first + ids)
     at = row * tl.num_programs(0) + tile
-    tl.store(values + at, value)
-    tl.store(winners + at, winner)
+    tl.store(part + at, value)
+    tl.store(part + at + tl.num_programs(0) * tl.num_programs(1), winner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("ranks", "rows"))
 def _merge(parts, tokens, finite, ranks, rows, tiles, CANDIDATES: tl.constexpr, PDL: tl.constexpr):
     """Of parts `[ranks, 2, rows, tiles]`: what `_tile_best` found on each rank."""
     grid_launch(PDL)
