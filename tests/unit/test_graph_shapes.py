@@ -25,8 +25,9 @@ def test_decode_shapes_hold_their_rows(rows: int, tiled: bool) -> None:
 @given(st.integers(1, 700), st.lists(st.integers(2, 900), min_size=1, max_size=80), st.data())
 def test_mixed_shapes_hold_their_steps(max_rows: int, chunks: list[int], data: st.DataObject) -> None:
     decode = data.draw(st.integers(0, max_rows))
-    step = Shape(decode + sum(chunks), decode, len(chunks), len(prefill_tiles(chunks, decode)[0]))
-    shape = mixed_shape(step, max_rows)
+    queries = data.draw(st.sampled_from([16, 32, 64, 128]))
+    step = Shape(decode + sum(chunks), decode, len(chunks), len(prefill_tiles(chunks, decode, queries)[0]))
+    shape = mixed_shape(step, max_rows, queries)
     if shape is None:
         assert step.tokens > TOKENS[-1] or len(chunks) > 8 or decode > ROWS[-1]
         return
@@ -37,4 +38,4 @@ def test_mixed_shapes_hold_their_steps(max_rows: int, chunks: list[int], data: s
 
 def test_few_shapes_serve_every_step() -> None:
     steps = [Shape(d + n, d, 1, -(-n // 128)) for d in range(0, 257, 3) for n in range(2, 1500, 7)]
-    assert len({mixed_shape(step, 256) for step in steps}) <= 3 * len(TOKENS)
+    assert len({mixed_shape(step, 256, 128) for step in steps}) <= 3 * len(TOKENS)

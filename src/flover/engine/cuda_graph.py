@@ -26,7 +26,6 @@ logger = logging.getLogger("flover")
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 MAX_PREFILLS = 64
-QUERY_TILE = 128  # of the prefill kernel
 WARM_UP_SECONDS = 4.0  # of a start: with a filled Triton cache most shapes
 
 
@@ -49,16 +48,25 @@ def decode_shape(rows: int, *, tiled: bool) -> Shape | None:
     return None if bucket is None else Shape(bucket, bucket, 0, bucket if tiled else 0)
 
 
-def mixed_shape(step: Shape, max_rows: int) -> Shape | None:
-    """The captured shape for a step with prefill; None if none holds it."""
+def mixed_shape(step: Shape, max_rows: int, tile_queries: int) -> Shape | None:
+    """The captured shape for a step with prefill, whose tiles have so many queries; None if none holds it."""
     tokens = next((t for t in TOKENS if t >= step.tokens), None)
     full = next((b for b in ROWS if b >= max_rows), ROWS[-1])
     if tokens is None or step.decode > full:
         return None
     prefill = min(max(tokens // 8, 8), MAX_PREFILLS)
     decode = min(b for b in (min(32, full), min(128, full), full) if b >= step.decode)
-    shape = Shape(tokens, decode, prefill, tokens // QUERY_TILE + 1 + prefill)
+    shape = Shape(tokens, decode, prefill, tokens // tile_queries + 1 + prefill)
     return shape if step.prefill <= shape.prefill and step.tiles <= shape.tiles else None
+
+
+def plain_shape(step: Shape) -> Shape:
+    """The shape of a step that runs kernel by kernel: its entries are padded to a multiple of 64.
+
+    Else the head were a product of ever new sizes, for which cuBLAS loads ever new kernels, and the host waits each time
+    until the device idles.
+    """
+    return step._replace(prefill=-(-step.entries // 64) * 64 - step.decode)
 
 
 class Steps(Protocol):
@@ -67,6 +75,7 @@ class Steps(Protocol):
     sampler: Sampler
     batch_invariant: bool
     max_rows: int
+    tile_queries: int
 
     def stage_padding(self, shape: Shape) -> None: ...
     def logits(self, shape: Shape) -> tuple[Tensor, Tensor]: ...
@@ -106,7 +115,7 @@ class StepGraphs:
         """The shape under which a step runs, None: as it is, without a graph."""
         invariant = self._steps.batch_invariant
         if step.prefill:
-            shape = None if invariant else mixed_shape(step, self._steps.max_rows)
+            shape = None if invariant else mixed_shape(step, self._steps.max_rows, self._steps.tile_queries)
         else:
             shape = decode_shape(step.decode, tiled=invariant)
         return shape if shape and shape.entries <= len(self._rows) and shape.tokens <= self._max_tokens else None

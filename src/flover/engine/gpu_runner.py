@@ -22,6 +22,7 @@ from flover.engine.runner import Batch, Mask, ModelRunner
 from flover.layers.sampler import SamplerOutput
 from flover.models.base import CausalLM
 from flover.parallel import ALONE, Group
+from flover.sharding import local_kv_heads
 from flover.startup import StartupTimes
 
 
@@ -49,6 +50,7 @@ class GpuRunner(ModelRunner):
     ) -> None:
         super().__init__(config, folder, "triton", times, model, group)
         self.max_rows, blocks = self.tables.shape
+        self.heads = config.model.num_heads // group.size, local_kv_heads(config.model, group.size)
         self.block_table = torch.zeros(self.max_rows, blocks, dtype=torch.int32, device=self.device)
         tokens, width = config.scheduler.max_num_batched_tokens, self.sampler.part.size
         sizes = tokens, width, getattr(torch, config.engine.dtype)

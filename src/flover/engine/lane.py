@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flover.engine.batch import IntArray
-from flover.engine.cuda_graph import Shape, StepGraphs
+from flover.engine.cuda_graph import Shape, StepGraphs, plain_shape
 from flover.engine.runner import Batch
 from flover.engine.staging import Staging, sections
-from flover.kernels.triton.attention import DeviceMetadata, invariant_tiles, prefill_tiles
+from flover.kernels.triton.attention import DeviceMetadata, invariant_tiles, prefill_tiles, tile_queries
 from flover.kernels.triton.inputs import edit_tables, token_inputs
 from flover.layers.attention import ForwardContext
 from flover.layers.sampler import SamplerOutput
@@ -38,6 +38,7 @@ class Lane:
     def __init__(self, runner: GpuRunner, max_batched_tokens: int, vocab_size: int, dtype: torch.dtype) -> None:
         self._runner, self.sampler = runner, runner.sampler
         self.batch_invariant, self.max_rows = runner.batch_invariant, runner.max_rows
+        self.tile_queries = tile_queries(*runner.heads, self.batch_invariant)
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         rows, blocks = runner.tables.shape
         self.max_tokens = 2 * (max_batched_tokens + rows) + 64  # a captured shape is larger than the step
@@ -54,7 +55,7 @@ class Lane:
         """
         order, step, tiles = self._arrange(batch)
         fitting = self.graphs.fit(step) if capture and self._runner.group.capturable else None
-        shape = fitting or step
+        shape = fitting or plain_shape(step)
         counts = batch.counts[order]
         ends = np.cumsum(counts)
         starts = ends - counts
@@ -98,7 +99,7 @@ class Lane:
         if self.batch_invariant:
             tiles = invariant_tiles(counts, (batch.start + batch.counts)[order])
         else:
-            tiles = prefill_tiles(counts[num_decode:], num_decode)
+            tiles = prefill_tiles(counts[num_decode:], num_decode, self.tile_queries)
         return order, Shape(int(counts.sum()), num_decode, len(order) - num_decode, len(tiles[0])), tiles
 
     def stage_padding(self, shape: Shape) -> None:
@@ -147,6 +148,7 @@ class Lane:
             num_decode=0 if self.batch_invariant else shape.decode,
             tile_entry=v["tile_entry"] if shape.tiles else None,
             tile_start=v["tile_start"] if shape.tiles else None,
+            tile_queries=self.tile_queries,
             block_size=size,
             contiguous=runner.kv_config.layout == "slab",
         )

@@ -9,7 +9,7 @@ from triton_device import DEVICE
 
 from flover.kernels.reference.attention import AttentionMetadata
 from flover.kernels.reference.attention import attention as twin
-from flover.kernels.triton.attention import DeviceMetadata, attention, invariant_tiles, prefill_tiles
+from flover.kernels.triton.attention import DeviceMetadata, attention, invariant_tiles, prefill_tiles, tile_queries
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -40,7 +40,8 @@ class Batch:
         self.starts = np.concatenate([[0], np.cumsum(q_lens)])
 
     def meta(self, num_decode=0, tiles=None):
-        tile_entry, tile_start = tiles or prefill_tiles(self.q_lens[num_decode:], num_decode)
+        queries = tile_queries(self.q.shape[1], self.k.shape[1])
+        tile_entry, tile_start = tiles or prefill_tiles(self.q_lens[num_decode:], num_decode, queries)
 
         def on_device(values):
             return torch.as_tensor(np.asarray(values, dtype=np.int32), device=DEVICE)
@@ -53,6 +54,7 @@ class Batch:
             num_decode=num_decode,
             tile_entry=on_device(tile_entry) if len(tile_entry) else None,
             tile_start=on_device(tile_start) if len(tile_entry) else None,
+            tile_queries=queries,
             block_size=self.block_size,
             contiguous=self.table.shape[1] == 1,
         )

@@ -13,7 +13,7 @@ import torch
 from test_triton_attention import TOLERANCE, Batch, check
 from triton_device import DEVICE
 
-from flover.kernels.triton.attention import INVARIANT_TILE, PREFILL_TILE, attention, invariant_tiles, prefill_tiles
+from flover.kernels.triton.attention import INVARIANT_TILE, attention, invariant_tiles, prefill_tiles
 
 GPU = DEVICE.type == "cuda"
 
@@ -99,7 +99,7 @@ def test_keys_that_left_the_window_are_not_read(dtype):
 def test_padding_tiles_compute_nothing(dtype, monkeypatch):
     """Before entry 0 another lies in memory: a kernel that took tile_entry -1 for one would write its output."""
     batch = Batch([3, 20, 5], [30, 20, 40], 4, 2, 16, dtype)
-    entry, start = prefill_tiles(batch.q_lens[1:], 0)
+    entry, start = prefill_tiles(batch.q_lens[1:], 0, batch.meta().tile_queries)
     pad = np.full(2, -1, dtype=np.int32)
     meta = batch.meta(0, (np.concatenate([pad, entry, pad]), np.concatenate([pad * 0, start, pad * 0])))
     meta.rows, meta.seq_lens, meta.query_start = meta.rows[1:], meta.seq_lens[1:], meta.query_start[1:]
@@ -130,14 +130,15 @@ def test_invariant_mode_with_options_over_chunks_and_neighbours(options, dtype):
         assert torch.equal(part, together[30 + begin : 30 + end]), (begin, end)
 
 
-def test_prefill_tiles_cover_each_query_once_and_begin_with_the_longest():
-    q_lens = [1, PREFILL_TILE, PREFILL_TILE + 1, 0, 5 * PREFILL_TILE - 1]
-    entry, start = prefill_tiles(q_lens, 7)
+@pytest.mark.parametrize("queries", [16, 128])
+def test_prefill_tiles_cover_each_query_once_and_begin_with_the_longest(queries):
+    q_lens = [1, queries, queries + 1, 0, 5 * queries - 1]
+    entry, start = prefill_tiles(q_lens, 7, queries)
     assert entry.dtype == start.dtype == np.int32
     assert list(start) == sorted(start, reverse=True)
     for i, n in enumerate(q_lens):
-        assert sorted(start[entry == 7 + i]) == list(range(0, n, PREFILL_TILE))
-    assert [len(part) for part in prefill_tiles([], 3)] == [0, 0]
+        assert sorted(start[entry == 7 + i]) == list(range(0, n, queries))
+    assert [len(part) for part in prefill_tiles([], 3, queries)] == [0, 0]
 
 
 def test_invariant_tiles_lie_on_absolute_positions():

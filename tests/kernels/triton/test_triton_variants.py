@@ -60,7 +60,7 @@ for offset in range(5):
         cos, sin = rotary_tables(positions, torch.ones(3), torch.float16)
         rotary_store(q, k, v, cos, sin, *caches, tokens[1, :n])
         decode = 8 if n > 8 else 0  # or the number of splits, a constant, would change
-        meta = DeviceMetadata(table, part(n), part(n), part(n + 1), decode, part(n), part(n), 16, False)
+        meta = DeviceMetadata(table, part(n), part(n), part(n + 1), decode, part(n), part(n), 64, 16, False)
         attention(q, *caches, meta, scale=0.1)
         fields = torch.zeros(16, n, dtype=torch.int64)[1::2]  # rows that an odd n puts off 16 bytes
         wide = fields.view(torch.float64)

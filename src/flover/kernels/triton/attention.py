@@ -8,6 +8,7 @@ al. 2023), paged attention (Kwon et al. 2023). The twin is kernels/reference/att
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 from flover.kernels.triton.attention_kernels import decode, prefill
 from flover.kernels.triton.common import arrivals, assert_heads_side_by_side, launch_options
 
-PREFILL_TILE = 128  # queries of one program
-INVARIANT_TILE = 16  # the same, batch-invariant: tiles begin at multiples of it in absolute positions
+PREFILL_ROWS = 128  # of a program's tile: queries, each with the heads of `packed_heads`
+INVARIANT_TILE = 16  # queries of one program, batch-invariant: tiles begin at multiples of it in absolute positions
 PROGRAMS = 528  # that a decode launch aims at: four for each multiprocessor of an H100 or H200
 MAX_SPLITS = 32
 MIN_SPLIT = 64  # keys that are worth a program of their own
@@ -38,6 +39,7 @@ class DeviceMetadata:
     query_start: [num_entries + 1] int32, offsets of the entries' queries in the packed batch.
     num_decode: entries [0, num_decode) have one query each, at the packed index of the entry.
     tile_entry, tile_start: [num_tiles] int32, of each prefill tile its entry and first query, see `prefill_tiles`.
+    tile_queries: of a prefill tile, at most.
     """
 
     block_table: Tensor
@@ -47,16 +49,30 @@ class DeviceMetadata:
     num_decode: int
     tile_entry: Tensor | None
     tile_start: Tensor | None
+    tile_queries: int
     block_size: int
     contiguous: bool
 
 
-def prefill_tiles(q_lens: npt.ArrayLike, first_entry: int) -> tuple[Ints, Ints]:
-    """Tiles of entries first_entry, ...: (entry, index of the first query within it), those with most keys first."""
+def packed_heads(num_heads: int, kv_heads: int) -> int:
+    """Query heads of one kv head that a prefill tile has of each query: they read the same K and V."""
+    return math.gcd(num_heads // kv_heads, 8)
+
+
+def tile_queries(num_heads: int, kv_heads: int, batch_invariant: bool = False) -> int:
+    """Queries of a prefill tile."""
+    return INVARIANT_TILE if batch_invariant else PREFILL_ROWS // packed_heads(num_heads, kv_heads)
+
+
+def prefill_tiles(q_lens: npt.ArrayLike, first_entry: int, queries: int) -> tuple[Ints, Ints]:
+    """Tiles of entries first_entry, ..., of so many queries at most: (entry, index of the first query within it).
+
+    Those with most keys come first.
+    """
     lens = np.asarray(q_lens, dtype=np.int64)
-    tiles = -(-lens // PREFILL_TILE)
+    tiles = -(-lens // queries)
     entry = np.repeat(np.arange(len(lens)), tiles)
-    start = (np.arange(len(entry)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * PREFILL_TILE
+    start = (np.arange(len(entry)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * queries
     order = np.argsort(-start, kind="stable")
     return (entry + first_entry)[order].astype(np.int32), start[order].astype(np.int32)
 
@@ -90,15 +106,14 @@ def decode_options(block_d: int, wide: bool, fp8: bool, programs: int) -> dict[s
     return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": 2 if wide else 3}
 
 
-def prefill_options(block_d: int, wide: bool, batch_invariant: bool) -> dict[str, int]:
-    """The same of a prefill program, and its queries."""
+def prefill_options(block_d: int, wide: bool, fp8: bool, batch_invariant: bool) -> dict[str, int]:
+    """The same of a prefill program, and the rows of its tile."""
     large = not wide and block_d <= 128
-    return {
-        "BLOCK_M": INVARIANT_TILE if batch_invariant else PREFILL_TILE,
-        "BLOCK_N": 64 if large else 32,
-        "num_warps": 4 if batch_invariant else 8,
-        "num_stages": 1 if wide and block_d > 64 else 2,
-    }
+    rows = INVARIANT_TILE if batch_invariant else PREFILL_ROWS
+    common = {"BLOCK_M": rows, "BLOCK_N": 64 if large else 32, "num_warps": 4 if batch_invariant else 8}
+    if large and not fp8 and not batch_invariant:
+        return {**common, "num_stages": 3, "maxnreg": 128}  # two programs to a multiprocessor: one computes, one loads
+    return {**common, "num_stages": 1 if wide and block_d > 64 else 2}
 
 
 def attention(
@@ -164,7 +179,8 @@ def attention(
             **common,
         )
     if meta.tile_entry is not None and meta.tile_start is not None:
-        prefill[(num_heads, len(meta.tile_entry))](
+        pack = 1 if batch_invariant else PREFILL_ROWS // meta.tile_queries
+        prefill[(num_heads // pack, len(meta.tile_entry))](
             q,
             out,
             k_cache,
@@ -175,7 +191,8 @@ def attention(
             meta.tile_start,
             slopes,
             *scalars,
-            **prefill_options(block_d, wide, batch_invariant),
+            PACK=pack,
+            **prefill_options(block_d, wide, fp8, batch_invariant),
             **common,
         )
     return out

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flover.kernels.triton.attention_tile import _attend, _query
-from flover.kernels.triton.common import grid_launch, grid_wait
+from flover.kernels.triton.attention_tile import _attend, _query, _slots
+from flover.kernels.triton.common import grid_launch, grid_wait, prefetch
 
 
 @triton.jit(
@@ -51,11 +51,14 @@ def decode(
     ALIBI: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program: a share of an entry's keys and one kv head, for all of its query heads."""
+    """A program: a share of an entry's keys and one kv head, for all of its query heads.
+
+    What it reads before `grid_wait` was written before the step's embedding, which is no kernel of ours and so has
+    waited for all that came before it: lengths, tables, and the keys of earlier steps.
+    """
     grid_launch(PDL)
     head, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = NUM_HEADS // KV_HEADS
-    grid_wait(PDL)
     length = tl.load(seq_lens + entry)
     first = 0
     if WINDOW > 0:
@@ -63,9 +66,22 @@ def decode(
     per_split = tl.cdiv(tl.cdiv(length - first, SPLITS), SPLIT_UNIT) * SPLIT_UNIT
     used = tl.cdiv(length - first, tl.maximum(per_split, 1))
     begin = first + split * per_split
+    end = tl.minimum(begin + per_split, length)
+    table = block_table + tl.load(rows + entry).to(tl.int64) * stride_table
+    base = tl.load(table).to(tl.int64) * BLOCK_SIZE
+    if PDL:  # noqa: SIM102  # all keys but the newest are there: the first tile comes into L2 while q is made
+        if begin < length:
+            LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+            LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
+            keys = begin + tl.arange(0, BLOCK_N)
+            old = keys < tl.minimum(end, length - 1)
+            slots = tl.where(old, _slots(table, keys, old, base, BLOCK_SIZE, CONTIGUOUS, True), 0)
+            of_key = tl.minimum(tl.arange(0, LINES) * LINE, HEAD_DIM - 1)
+            where = ((slots * KV_HEADS + head) * HEAD_DIM)[:, None] + of_key[None, :]
+            prefetch(k_cache + where)
+            prefetch(v_cache + where)
+    grid_wait(PDL)
     if begin < length:
-        table = block_table + tl.load(rows + entry).to(tl.int64) * stride_table
-        base = tl.load(table).to(tl.int64) * BLOCK_SIZE
         h = tl.arange(0, GROUP)
         d = tl.arange(0, BLOCK_D)
         real = h < group
@@ -91,7 +107,7 @@ def decode(
             base,
             head,
             begin,
-            tl.minimum(begin + per_split, length),
+            end,
             scale,
             softcap,
             KV_HEADS,
@@ -179,6 +195,7 @@ def prefill(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -186,13 +203,14 @@ def prefill(
     ALIBI: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program: a tile of an entry's queries and one query head.
+    """A program: a tile of an entry's queries, each with PACK query heads of one kv head.
 
+    So a row of the tile is a query and a head, and K and V are read, and the causal edge wasted, once for all of them.
     Keys begin at a multiple of BLOCK_N, so that tiles of keys are the same for every query. Those that some query of
     the tile does not see, at the diagonal and at the far edge of a window, are masked; what lies between is not.
     """
     grid_launch(PDL)
-    q_head, tile = tl.program_id(0), tl.program_id(1)
+    tile = tl.program_id(1)
     grid_wait(PDL)
     entry = tl.load(tile_entry + tile)
     if entry >= 0:
@@ -200,22 +218,26 @@ def prefill(
         first_query = tl.load(query_start + entry)
         q_len = tl.load(query_start + entry + 1) - first_query
         start = tl.load(tile_start + tile)
-        index = start + tl.arange(0, BLOCK_M)  # of the query within its entry
+        row = tl.arange(0, BLOCK_M)
+        index = start + row // PACK  # of the query within its entry
+        q_head = tl.program_id(0) * PACK + row % PACK
         q_pos = index + (length - q_len)
         mine = (index >= 0) & (index < q_len)
         table = block_table + tl.load(rows + entry).to(tl.int64) * stride_table
         base = tl.load(table).to(tl.int64) * BLOCK_SIZE
-        head = q_head // (NUM_HEADS // KV_HEADS)
+        head = tl.program_id(0) * PACK // (NUM_HEADS // KV_HEADS)
         d = tl.arange(0, BLOCK_D)
         q_mask = mine[:, None] & (d < HEAD_DIM)[None, :]
         token = (first_query + index).to(tl.int64)
-        q_tile = tl.load(q + token[:, None] * stride_q + q_head * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+        where = token[:, None] * stride_q + q_head[:, None] * HEAD_DIM + d[None, :]
+        q_tile = tl.load(q + where, mask=q_mask, other=0.0)
         q_tile = _query(q_tile, k_cache)
         slopes = tl.zeros([BLOCK_M], tl.float32)
         if ALIBI:
             slopes += tl.load(slopes_ptr + q_head).to(tl.float32)
-        first = start + length - q_len  # position of the tile's first query; its last is at first + BLOCK_M - 1
-        end = tl.minimum(first + BLOCK_M, length)
+        first = start + length - q_len  # position of the tile's first query
+        last = first + BLOCK_M // PACK  # behind its last one
+        end = tl.minimum(last, length)
         begin = 0
         if WINDOW > 0:
             begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
@@ -225,7 +247,7 @@ def prefill(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if WINDOW > 0:
             left = begin  # keys that the last query no longer sees
-            begin = tl.cdiv(tl.maximum(first + BLOCK_M - WINDOW, 0), BLOCK_N) * BLOCK_N
+            begin = tl.cdiv(tl.maximum(last - WINDOW, 0), BLOCK_N) * BLOCK_N
             begin = tl.minimum(begin, diagonal)
             m, total, acc = _attend(
                 m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, left, begin, scale, softcap,
@@ -242,5 +264,5 @@ def prefill(
             KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
             EDGE=True, MASKED=True, ASM=PDL,
         )  # fmt: skip
-        o = out + (token[:, None] * NUM_HEADS + q_head) * HEAD_DIM + d[None, :]
+        o = out + (token[:, None] * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
         tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)

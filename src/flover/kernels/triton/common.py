@@ -32,6 +32,13 @@ def grid_launch(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch(pointers):
+    """Into L2; on Hopper."""
+    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @cache
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of every launch: the constexpr `PDL`, and the launch attribute that goes with it."""

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flover.kernels.triton.common import arrivals, grid_launch, grid_wait, launch_options
+from flover.kernels.triton.common import arrivals, grid_launch, grid_wait, launch_options, prefetch
 from flover.kernels.triton.fused import _activate
 
 AHEAD = 2  # tiles
@@ -36,13 +36,6 @@ class Tiling(NamedTuple):
 @triton.jit
 def _scales(scale, index, inside, USED: tl.constexpr):
     return tl.load(scale + index, mask=inside, other=0.0) if USED else tl.full(index.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Into L2; on Hopper."""
-    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(code, "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -144,9 +137,9 @@ def _linear(
     tokens = x + m.to(tl.int64)[None, :] * stride_x
     if PDL and AHEAD > 0:
         lines = start + tl.arange(0, AHEAD * BLOCK_K // LINE) * LINE
-        _prefetch(rows + lines[None, :])
+        prefetch(rows + lines[None, :])
         if GATE != "":
-            _prefetch(rows + N.to(tl.int64) * K + lines[None, :])
+            prefetch(rows + N.to(tl.int64) * K + lines[None, :])
     factor = _scales(scale, n, n < N, SCALES > 0)[:, None]
     up_factor = _scales(scale + N, n, n < N, SCALES > 0 and GATE != "")[:, None]
     grid_wait(PDL)
