@@ -63,8 +63,8 @@ def mixed_shape(step: Shape, max_rows: int, tile_queries: int) -> Shape | None:
 def plain_shape(step: Shape) -> Shape:
     """The shape of a step that runs kernel by kernel: its entries are padded to a multiple of 64.
 
-    Else the head were a product of ever new sizes, for which cuBLAS loads ever new kernels, and the host waits each time
-    until the device idles.
+    Else the head were a product of ever new sizes, for which cuBLAS loads ever new kernels, and the host would wait for
+    an idle device each time.
     """
     return step._replace(prefill=-(-step.entries // 64) * 64 - step.decode)
 

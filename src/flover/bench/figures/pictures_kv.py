@@ -40,7 +40,7 @@ def draw_random(data: Data) -> Figure:
         bars = axes[0].bar(at, [r["rows_computed"] for r in cells], 0.25, color=MODES[mode], label=mode)
         if len(cells) < 4:
             axes[0].bar_label(bars, [f"{r['rows_computed']:.1f}" for r in cells], fontsize=9)
-    axes[0].set_xticks(range(len(uppers)), [str(upper) for upper in uppers])
+    _ticks(axes[0], uppers)
     axes[0].set_title(f"rows computed a step, {groups[0]} requests", loc="left")
     axes[0].set_xlabel("longest output")
     for one, count in zip(axes[1:], groups):
@@ -62,8 +62,12 @@ def _gains(axes: Any, moved: list[Data], theirs: dict[str, float]) -> None:
     if paper:
         axes.plot(*zip(*paper), linestyle="none", label="paper", **PAPER)
     axes.axhline(1, color="#999999", linewidth=0.8)
-    axes.set_xticks(x, [str(row["upper"]) for row in moved])
+    _ticks(axes, [row["upper"] for row in moved])
     axes.set_xlabel("longest output")
+
+
+def _ticks(axes: Any, uppers: list[int]) -> None:
+    axes.set_xticks(range(len(uppers)), [str(upper) for upper in uppers], fontsize=9 if len(uppers) > 6 else None)
 
 
 def draw_tp(data: Data) -> Figure:
