@@ -83,7 +83,9 @@ def test_attention_reads_what_the_cache_holds(contiguous: bool, invariant: bool)
     q = torch.randn(sum(q_lens), 4, 6, generator=g, dtype=torch.float64)
     blocks = [table[r][: -(-n // size)] for r, n in enumerate(lens)]
     meta = AttentionMetadata([0, 1, 6, 7], lens, blocks, size, contiguous)
-    got = reference.attention(q, k_cache, v_cache, meta, scale=0.4, batch_invariant=invariant)
+    new = torch.tensor([slot for mine, m in zip(slots, q_lens) for slot in mine[-m:]])  # stored once more
+    k, v = k_cache.double()[new], v_cache.double()[new]
+    got = reference.attention(q, k, v, k_cache, v_cache, new, meta, scale=0.4, batch_invariant=invariant)
     assert got.dtype == q.dtype
     at = 0
     for mine, n, m in zip(slots, lens, q_lens):

@@ -76,13 +76,15 @@ class Attention(Layer):
     ) -> Tensor:
         """q `[num_tokens, num_heads, head_dim]`, k and v with kv_heads -> `[num_tokens, num_heads * head_dim]`."""
         k_cache, v_cache = ctx.k_cache[self.layer], ctx.v_cache[self.layer]
-        cos, sin, interleaved = rotary or (None, None, False)
-        q = self.ops.rotary_store(q, k, v, cos, sin, k_cache, v_cache, ctx.slot_mapping, interleaved=interleaved)
         out: Tensor = self.ops.attention(
             q,
+            k,
+            v,
             k_cache,
             v_cache,
+            ctx.slot_mapping,
             ctx.meta,
+            rotary=rotary,
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,

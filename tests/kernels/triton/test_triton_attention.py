@@ -7,6 +7,7 @@ import pytest
 import torch
 from triton_device import DEVICE
 
+from flover.kernels import reference
 from flover.kernels.reference.attention import AttentionMetadata
 from flover.kernels.reference.attention import attention as twin
 from flover.kernels.triton.attention import DeviceMetadata, attention, invariant_tiles, prefill_tiles, tile_queries
@@ -59,6 +60,26 @@ class Batch:
             contiguous=self.table.shape[1] == 1,
         )
 
+    def slots(self):
+        """Of the new tokens."""
+        places = []
+        for entry, (n, length) in enumerate(zip(self.q_lens, self.seq_lens, strict=True)):
+            at = torch.arange(length - n, length).clamp(min=0)
+            table = self.table[self.rows[entry]].long()
+            found = table[at // self.block_size] * self.block_size + at % self.block_size
+            places.append(found if length else torch.full_like(found, -1))
+        return torch.cat(places).to(DEVICE)
+
+    def new(self):
+        """Keys, values and slots of the new tokens, as the cache has them."""
+        slots = self.slots()
+        return *(cache.float()[slots].to(self.q.dtype) for cache in (self.k, self.v)), slots
+
+    def attend(self, meta, new=None, **options):
+        """The kernels; what is new is stored once more."""
+        k, v, slots = new or self.new()
+        return attention(self.q, k, v, self.k, self.v, slots, meta, **options)
+
     def expected(self, **options):
         live = [i for i, n in enumerate(self.seq_lens) if n]
         blocks = [self.table[self.rows[i]][: -(-self.seq_lens[i] // self.block_size)].long().to(DEVICE) for i in live]
@@ -76,7 +97,7 @@ class Batch:
 
 
 def check(batch, dtype, num_decode=0, **options):
-    got = attention(batch.q, batch.k, batch.v, batch.meta(num_decode), **options)
+    got = batch.attend(batch.meta(num_decode), **options)
     keep, want = batch.expected(**options)
     assert got.dtype == dtype
     assert (got[keep].double() - want).abs().max() < TOLERANCE[dtype] * max(1.0, want.abs().max().item())
@@ -112,8 +133,8 @@ def test_padding_entries_and_slab_rows(dtype):
 
 def test_the_counters_of_a_split_launch_are_back_at_zero(dtype):
     batch = Batch([1], [513], 2, 1, 16, dtype)
-    first = attention(batch.q, batch.k, batch.v, batch.meta(1), scale=0.3)
-    assert torch.equal(first, attention(batch.q, batch.k, batch.v, batch.meta(1), scale=0.3))
+    first = batch.attend(batch.meta(1), scale=0.3)
+    assert torch.equal(first, batch.attend(batch.meta(1), scale=0.3))
     check(batch, dtype, num_decode=1, scale=0.3)
 
 
@@ -127,7 +148,8 @@ def test_invariant_mode_is_bitwise_over_batches_and_chunks(dtype):
         part.q = torch.cat([whole.q[s : s + m] for s, m in zip(starts, q_lens, strict=True)])
         part.rows, part.starts = whole.rows[list(entries)], np.concatenate([[0], np.cumsum(q_lens)])
         meta = part.meta(0, invariant_tiles(q_lens, seq_lens))
-        return attention(part.q, whole.k, whole.v, meta, scale=0.25, batch_invariant=True)
+        part.k, part.v = whole.k, whole.v
+        return part.attend(meta, scale=0.25, batch_invariant=True)
 
     together = run([40, 25], [40, 25], [0, 1])
     keep, want = whole.expected(scale=0.25)
@@ -146,12 +168,43 @@ def test_true_shapes_and_graph_replay(heads, kv_heads, head_dim, dtype):
     check(batch, dtype, num_decode=8, scale=head_dim**-0.5)
     prompts = Batch([300, 1000, 77], [300, 1100, 77], heads, kv_heads, head_dim, dtype)
     check(prompts, dtype, scale=head_dim**-0.5)
-    meta = batch.meta(8)
+    meta, new = batch.meta(8), batch.new()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention(batch.q, batch.k, batch.v, meta, scale=0.1)
+        out = batch.attend(meta, new, scale=0.1)
     batch.seq_lens = [1, 1, 900, 2500, 100, 0, 17, 3]
     meta.seq_lens.copy_(torch.tensor(batch.seq_lens))
+    for static, values in zip(new, batch.new(), strict=True):
+        static.copy_(values)
     graph.replay()
     keep, want = batch.expected(scale=0.1)
     assert (out[keep].double() - want).abs().max() < TOLERANCE[dtype] * max(1.0, want.abs().max().item())
+
+
+@pytest.mark.parametrize(("pairs", "interleaved"), [(0, False), (8, False), (12, True), (5, True)])
+def test_new_tokens_are_rotated_stored_and_seen(pairs, interleaved, dtype):
+    """Decode does it by itself, a prefill before it attends; a token without a slot sees itself and is not stored."""
+    batch = Batch([1, 1, 1, 9, 40], [1, 70, 200, 30, 40], 4, 2, 24, dtype)
+    n, slots = sum(batch.q_lens), batch.slots()
+    g = torch.Generator().manual_seed(5)
+    q, k, v = torch.randn(n, 8, 24, generator=g).to(DEVICE, dtype).split([4, 2, 2], 1)
+    angles = torch.randn(n, 1, pairs, generator=g).to(DEVICE)
+    rotary = (angles.cos().to(dtype), angles.sin().to(dtype), interleaved) if pairs else None
+    unstored = slots[1].item()
+    for cache in (batch.k, batch.v):
+        cache[slots] = torch.nan
+    wide = [t.double() for t in (q, k, v, batch.k, batch.v)]
+    turned = rotary and (rotary[0].double(), rotary[1].double(), interleaved)
+    size = batch.block_size
+    blocks = [batch.table[row][: -(-m // size)].long().to(DEVICE) for row, m in zip(batch.rows, batch.seq_lens)]
+    meta = AttentionMetadata(batch.starts.tolist(), batch.seq_lens, blocks, size, False)
+    want = reference.attention(*wide, slots, meta, rotary=turned, scale=0.2)
+    slots[1] = -1
+    got = attention(q, k, v, batch.k, batch.v, slots, batch.meta(3), rotary=rotary, scale=0.2)
+    assert (got.double() - want).abs().max() < TOLERANCE[dtype] * want.abs().max()
+    for mine, theirs in zip((batch.k, batch.v), wide[3:], strict=True):
+        assert mine[unstored].isnan().all()
+        mine[unstored] = theirs[unstored].to(dtype)
+        live = ~theirs.isnan()
+        assert torch.equal(mine.isnan(), ~live)
+        assert (mine.double() - theirs)[live].abs().max() < TOLERANCE[dtype] * 4

@@ -105,7 +105,7 @@ def test_padding_tiles_compute_nothing(dtype, monkeypatch):
     meta.rows, meta.seq_lens, meta.query_start = meta.rows[1:], meta.seq_lens[1:], meta.query_start[1:]
     _, want = batch.expected(scale=0.3)
     monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, 7.0, **options))
-    got = attention(batch.q, batch.k, batch.v, meta, scale=0.3)
+    got = batch.attend(meta, scale=0.3)
     assert (got[:3] == 7.0).all()
     assert (got[3:].double() - want[3:]).abs().max() < TOLERANCE[dtype] * max(1.0, want.abs().max().item())
 
@@ -117,7 +117,7 @@ def test_invariant_mode_with_options_over_chunks_and_neighbours(options, dtype):
         options = {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.02], device=DEVICE)}
     whole = Batch([30, 100], [30, 100], 4, 2, 16, dtype)
     options = {"scale": 0.25, "batch_invariant": True, **options}
-    together = attention(whole.q, whole.k, whole.v, whole.meta(0, invariant_tiles([30, 100], [30, 100])), **options)
+    together = whole.attend(whole.meta(0, invariant_tiles([30, 100], [30, 100])), **options)
     keep, want = whole.expected(**{k: v for k, v in options.items() if k != "batch_invariant"})
     assert (together[keep].double() - want).abs().max() < TOLERANCE[dtype] * max(1.0, want.abs().max().item())
     q, rows = whole.q, whole.rows
@@ -126,7 +126,7 @@ def test_invariant_mode_with_options_over_chunks_and_neighbours(options, dtype):
         whole.q, whole.rows, whole.seq_lens, whole.q_lens = q[30 + begin : 30 + end], rows[1:], [end], [end - begin]
         whole.starts = np.array([0, end - begin])
         meta = whole.meta(0, invariant_tiles([end - begin], [end]))
-        part = attention(whole.q, whole.k, whole.v, meta, **options)
+        part = whole.attend(meta, **options)
         assert torch.equal(part, together[30 + begin : 30 + end]), (begin, end)
 
 
@@ -158,7 +158,7 @@ def test_a_cache_of_over_two_billion_elements(slab):
     heads, kv_heads, head_dim = (16, 8, 128) if GPU else (4, 2, 16)
     batch = Batch([1, 1, 30], [260, 9, 60], heads, kv_heads, head_dim, torch.float16, block_size=512 if slab else 16)
     meta = batch.meta(2)
-    near = attention(batch.q, batch.k, batch.v, meta, scale=0.1)
+    near = batch.attend(meta, scale=0.1)
     per_block = batch.k[0].numel() * batch.block_size
     skipped = (2**31 // per_block + 1) if GPU else 3
     caches = []
@@ -166,9 +166,10 @@ def test_a_cache_of_over_two_billion_elements(slab):
         far = torch.empty(skipped * batch.block_size + len(cache), *cache.shape[1:], dtype=cache.dtype, device=DEVICE)
         far[-len(cache) :] = cache
         caches.append(far)
-    meta.block_table += skipped
     assert not near.isnan().any()
-    assert torch.equal(attention(batch.q, *caches, meta, scale=0.1), near)
+    batch.k, batch.v = caches
+    batch.table += skipped
+    assert torch.equal(batch.attend(batch.meta(2), scale=0.1), near)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -177,10 +178,11 @@ def test_a_replayed_graph_of_split_decode_is_the_same_to_the_bit(heads, kv_heads
     """The merge runs in split order whoever comes last, and the counters are zero again after every replay."""
     batch = Batch([1] * 2, [2000, 700], heads, kv_heads, head_dim, dtype)
     meta = batch.meta(2)
-    eager = attention(batch.q, batch.k, batch.v, meta, scale=0.1)
+    new = batch.new()
+    eager = batch.attend(meta, new, scale=0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention(batch.q, batch.k, batch.v, meta, scale=0.1)
+        out = batch.attend(meta, new, scale=0.1)
     for _ in range(50):
         out.zero_()
         graph.replay()

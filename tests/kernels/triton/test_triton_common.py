@@ -40,21 +40,21 @@ def test_heads_that_do_not_lie_side_by_side_are_refused(wrong):
     batch = Batch([1], [30], 4, 2, 16, torch.float16)
     q = batch.q.transpose(1, 2).contiguous().transpose(1, 2) if wrong == "transposed" else batch.q[:, ::2]
     with pytest.raises(AssertionError):
-        attention(q, batch.k, batch.v, batch.meta(1), scale=0.1)
+        attention(q, *batch.new()[:2], batch.k, batch.v, batch.slots(), batch.meta(1), scale=0.1)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_two_streams_decode_at_once():
     batches = [Batch([1] * 3, [3000, 2000, 700], 16, 4, 128, torch.float16, seed=seed) for seed in (0, 1)]
-    metas = [batch.meta(3) for batch in batches]
-    want = [attention(b.q, b.k, b.v, meta, scale=0.1) for b, meta in zip(batches, metas)]
+    metas, news = [batch.meta(3) for batch in batches], [batch.new() for batch in batches]
+    want = [b.attend(meta, new, scale=0.1) for b, meta, new in zip(batches, metas, news)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in batches]
     for _ in range(200):
         got = []
-        for b, meta, stream in zip(batches, metas, streams):
+        for b, meta, new, stream in zip(batches, metas, news, streams):
             with torch.cuda.stream(stream):
-                got.append(attention(b.q, b.k, b.v, meta, scale=0.1))
+                got.append(b.attend(meta, new, scale=0.1))
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(got, want))
 
@@ -62,13 +62,13 @@ def test_two_streams_decode_at_once():
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_capture_on_a_stream_that_never_launched():
     batch = Batch([1], [3000], 8, 2, 64, torch.float16)
-    meta = batch.meta(1)
-    want = attention(batch.q, batch.k, batch.v, meta, scale=0.1)
+    meta, new = batch.meta(1), batch.new()
+    want = batch.attend(meta, new, scale=0.1)
     stream, graphs = torch.cuda.Stream(), []
     for _ in range(2):  # the second must not build on what the first left
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            out = attention(batch.q, batch.k, batch.v, meta, scale=0.1)
+            out = batch.attend(meta, new, scale=0.1)
         graphs.append((graph, out))
     for graph, out in reversed(graphs):
         for _ in range(3):

@@ -7,8 +7,9 @@ from test_triton_attention import TOLERANCE, Batch, check
 from triton_device import DEVICE
 
 from flover.kernels import reference
-from flover.kernels.triton import attention, copy_blocks, poison_blocks, rotary_store
+from flover.kernels.triton import copy_blocks, poison_blocks
 from flover.kernels.triton.attention import invariant_tiles
+from flover.kernels.triton.rotary import rotary_store
 
 E4M3 = torch.float8_e4m3fn
 GPU = DEVICE.type == "cuda"
@@ -32,11 +33,11 @@ def test_attention(block_size, options, dtype):
 def test_invariant_mode_is_bitwise(dtype):
     batch = fp8_batch([40], [40], 4, 2, 16, dtype)
     options = {"scale": 0.25, "batch_invariant": True}
-    whole = attention(batch.q, batch.k, batch.v, batch.meta(0, invariant_tiles([40], [40])), **options)
+    whole = batch.attend(batch.meta(0, invariant_tiles([40], [40])), **options)
     _, want = batch.expected(scale=0.25)
     assert (whole.double() - want).abs().max() < 2 * TOLERANCE[dtype]
     batch.q, batch.q_lens, batch.starts = batch.q[39:], [1], batch.starts * 0 + [0, 1]
-    last = attention(batch.q, batch.k, batch.v, batch.meta(0, invariant_tiles([1], [40])), **options)
+    last = batch.attend(batch.meta(0, invariant_tiles([1], [40])), **options)
     assert torch.equal(last, whole[39:])
 
 

@@ -7,6 +7,7 @@ from triton_device import DEVICE
 from flover.kernels import reference, triton
 from flover.kernels.reference import ACTIVATIONS
 from flover.kernels.triton import kv_cache
+from flover.kernels.triton.rotary import rotary_store
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -119,15 +120,15 @@ def test_rotation_and_store(heads, kv_heads, head_dim, pairs, interleaved, dtype
     sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     for cos, sin in (tables, (None, None)):
 
-        def run(ops, keep, qkv=qkv, cos=cos, sin=sin):
+        def run(store, keep, qkv=qkv, cos=cos, sin=sin):
             q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in qkv.clone()[keep].split(sizes, -1))
             caches = [torch.full((13, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv"]
             some = (None, None) if cos is None else (cos[keep], sin[keep])
             views = [cache[1:] for cache in caches]  # slot -1 would be the row before
-            return ops.rotary_store(q, k, v, *some, *views, slots[keep], interleaved=interleaved), *caches
+            return store(q, k, v, *some, *views, slots[keep], interleaved=interleaved), *caches
 
         kept = slots >= 0  # the twin has no padding tokens
-        mine, twin = run(triton, torch.ones_like(kept)), run(reference, kept)
+        mine, twin = run(rotary_store, torch.ones_like(kept)), run(reference.rotary_store, kept)
         close(mine[0][kept], twin[0], dtype)
         for got, want in zip(mine[1:], twin[1:], strict=True):
             assert torch.equal(got.isnan(), want.isnan())
@@ -166,7 +167,7 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
     caches = [torch.zeros(size, 1, 64, dtype=torch.bfloat16, device=DEVICE) for _ in "kv"]
     q, k, v = (torch.randn(2, 1, 64, dtype=torch.bfloat16, device=DEVICE) for _ in "qkv")
     slots = torch.tensor([size - 1, 1], device=DEVICE)
-    triton.rotary_store(q, k, v, None, None, *caches, slots)
+    rotary_store(q, k, v, None, None, *caches, slots)
     assert torch.equal(caches[0][slots], k)
     assert torch.equal(caches[1][slots], v)
     triton.copy_blocks(caches, [(size - 1, 5, 1)], 1)

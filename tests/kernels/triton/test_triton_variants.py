@@ -34,7 +34,7 @@ def run(self, *args, grid, warmup, **options):
 
 
 jit.JITFunction.run = run
-from flover.kernels.triton import attention, draw, rotary_store, rotary_tables
+from flover.kernels.triton import attention, draw, rotary_tables
 from flover.kernels.triton.attention import DeviceMetadata
 from flover.kernels.triton.inputs import edit_tables, token_inputs
 
@@ -58,10 +58,9 @@ for offset in range(5):
         token_inputs(ids, positions, rows, tokens[0], table, 16, *tokens[:, :n])
         edit_tables(staging[at:], n, table)
         cos, sin = rotary_tables(positions, torch.ones(3), torch.float16)
-        rotary_store(q, k, v, cos, sin, *caches, tokens[1, :n])
         decode = 8 if n > 8 else 0  # or the number of splits, a constant, would change
         meta = DeviceMetadata(table, part(n), part(n), part(n + 1), decode, part(n), part(n), 64, 16, False)
-        attention(q, *caches, meta, scale=0.1)
+        attention(q, k, v, *caches, tokens[1, :n], meta, rotary=(cos, sin, False), scale=0.1)
         fields = torch.zeros(16, n, dtype=torch.int64)[1::2]  # rows that an odd n puts off 16 bytes
         wide = fields.view(torch.float64)
         filters = {"top_k": fields[4], "top_p": wide[5], "min_p": wide[6]}
@@ -85,7 +84,7 @@ def test_every_kernel_has_one_variant():
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_gpu_compiles_once():
-    from test_triton_attention import Batch, attention
+    from test_triton_attention import Batch
 
     from flover.kernels.triton.attention_kernels import prefill
 
@@ -94,11 +93,11 @@ def test_a_gpu_compiles_once():
 
     batch = Batch([20, 40], [20, 90], 4, 2, 48, torch.float16)
     meta = batch.meta()
-    want, before = attention(batch.q, batch.k, batch.v, meta, scale=0.1), compiled()
+    want, before = batch.attend(meta, scale=0.1), compiled()
     for offset in range(1, 5):
         for name in ("rows", "seq_lens", "query_start", "tile_entry", "tile_start"):
             part = getattr(meta, name)
             moved = torch.zeros(len(part) + offset, dtype=torch.int32, device=DEVICE)[offset:]
             setattr(meta, name, moved.copy_(part))
-        assert torch.equal(attention(batch.q, batch.k, batch.v, meta, scale=0.1), want)
+        assert torch.equal(batch.attend(meta, scale=0.1), want)
     assert compiled() == before

@@ -33,7 +33,6 @@ __all__ = [
     "quantised_gated_linear",
     "quantised_linear",
     "rms_norm",
-    "rotary_store",
     "rotary_tables",
 ]
 
@@ -82,6 +81,25 @@ def quantised_gated_linear(
     return gated(out, name, batch_invariant=batch_invariant, quantise=quantise)
 
 
-def attention(q: Tensor, *args: Any, batch_invariant: bool = False, **options: Any) -> Tensor:
-    """`reference.attention.attention`, or its batch-invariant form."""
-    return (_invariant.invariant_attention if batch_invariant else _plain.attention)(q, *args, **options)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    meta: _plain.AttentionMetadata,
+    *,
+    rotary: tuple[Tensor, Tensor, bool] | None = None,
+    batch_invariant: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Rotate q and k, store k and v at `slots` (below 0: not), attend over each row's history; -> the shape of q.
+
+    q, k, v: `[num_tokens, heads, head_dim]`. rotary: cos, sin, and whether pairs are interleaved. options: as in
+    `reference.attention.attention`, whose batch-invariant form is `reference.invariant`'s.
+    """
+    cos, sin, interleaved = rotary or (None, None, False)
+    q = rotary_store(q, k, v, cos, sin, k_cache, v_cache, slots, interleaved=interleaved)
+    attend = _invariant.invariant_attention if batch_invariant else _plain.attention
+    return attend(q, k_cache, v_cache, meta, **options)

@@ -5,7 +5,7 @@ from flover.kernels.triton.fused import activation, gated, layer_norm, rms_norm
 from flover.kernels.triton.kv_cache import copy_blocks, poison_blocks
 from flover.kernels.triton.linear import gated_linear, linear
 from flover.kernels.triton.quantised import quantised_gated_linear, quantised_linear
-from flover.kernels.triton.rotary import rotary_store, rotary_tables
+from flover.kernels.triton.rotary import rotary_tables
 from flover.kernels.triton.sampling import best_of_parts, draw, draw_part
 
 __all__ = [
@@ -23,6 +23,5 @@ __all__ = [
     "quantised_gated_linear",
     "quantised_linear",
     "rms_norm",
-    "rotary_store",
     "rotary_tables",
 ]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flover.kernels.triton.attention_kernels import decode, prefill
 from flover.kernels.triton.common import arrivals, assert_heads_side_by_side, launch_options
+from flover.kernels.triton.rotary import rotary_store
 
 PREFILL_ROWS = 128  # of a program's tile: queries, each with the heads of `packed_heads`
 INVARIANT_TILE = 16  # queries of one program, batch-invariant: tiles begin at multiples of it in absolute positions
@@ -118,25 +119,31 @@ def prefill_options(block_d: int, wide: bool, fp8: bool, batch_invariant: bool) 
 
 def attention(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    slots: Tensor,
     meta: DeviceMetadata,
     *,
+    rotary: tuple[Tensor, Tensor, bool] | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     alibi: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """As the twin: q `[num_tokens, num_heads, head_dim]`, last dimension contiguous -> the same shape.
+    """As the twin: q, k, v `[num_tokens, heads, head_dim]`, heads side by side -> the shape of q, which is overwritten.
 
+    Decode rotates and stores as it attends; for prefill this is done before.
     batch_invariant: every query goes through tiles (`invariant_tiles` of all entries, num_decode 0), keys in fixed
     tiles from position 0, so its bits depend on nothing but its own history.
     """
     num_heads, (_, kv_heads, head_dim) = q.shape[1], k_cache.shape
-    assert_heads_side_by_side(q)
-    assert all(t.is_contiguous() for t in (k_cache, v_cache, meta.block_table))
+    assert_heads_side_by_side(q, k, v)
+    assert all(t.is_contiguous() for t in (k_cache, v_cache, slots, meta.block_table))
     assert k_cache.dtype == v_cache.dtype
+    cos, sin, interleaved = rotary or (None, None, False)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_d = max(32 if k_cache.element_size() == 1 else 16, triton.next_power_of_2(head_dim))
     common: dict[str, Any] = {
@@ -151,10 +158,11 @@ def attention(
         "ALIBI": alibi is not None,
         **launch_options(q.device),
     }
-    scalars = (scale, softcap or 1.0, q.stride(0), meta.block_table.stride(0))
     slopes = q if alibi is None else alibi
     wide, fp8 = q.dtype == torch.float32, k_cache.element_size() == 1
     where = (meta.block_table, meta.rows, meta.seq_lens)
+    scalars = (scale, softcap or 1.0, q.stride(0))
+    stride_table = meta.block_table.stride(0)
     if meta.num_decode:
         n = meta.num_decode
         splits = num_splits(n * kv_heads)
@@ -163,6 +171,11 @@ def attention(
         maxima = torch.empty(parts * 2, dtype=torch.float32, device=q.device)
         decode[(kv_heads, n, splits)](
             q,
+            k,
+            v,
+            q if cos is None else cos,
+            q if sin is None else sin,
+            slots,
             out,
             k_cache,
             v_cache,
@@ -172,6 +185,11 @@ def attention(
             maxima,
             arrivals(q.device),
             *scalars,
+            k.stride(0),
+            v.stride(0),
+            stride_table,
+            PAIRS=0 if cos is None else cos.shape[-1],
+            INTERLEAVED=interleaved,
             GROUP=max(16, triton.next_power_of_2(num_heads // kv_heads)),
             SPLITS=splits,
             SPLIT_UNIT=MIN_SPLIT,
@@ -179,6 +197,7 @@ def attention(
             **common,
         )
     if meta.tile_entry is not None and meta.tile_start is not None:
+        rotary_store(q, k, v, cos, sin, k_cache, v_cache, slots, interleaved=interleaved)  # decode's again: no harm
         pack = 1 if batch_invariant else PREFILL_ROWS // meta.tile_queries
         prefill[(num_heads // pack, len(meta.tile_entry))](
             q,
@@ -191,6 +210,7 @@ def attention(
             meta.tile_start,
             slopes,
             *scalars,
+            stride_table,
             PACK=pack,
             **prefill_options(block_d, wide, fp8, batch_invariant),
             **common,

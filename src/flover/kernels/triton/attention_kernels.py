@@ -12,16 +12,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flover.kernels.triton.attention_tile import _attend, _query, _slots
+from flover.kernels.triton.attention_tile import _attend, _query, _scores, _slots
 from flover.kernels.triton.common import grid_launch, grid_wait, prefetch
+from flover.kernels.triton.rotary import _rotated, _to_cache
 
 
 @triton.jit(
     do_not_specialize=["stride_table"],
-    do_not_specialize_on_alignment=["block_table", "rows", "seq_lens", "slopes_ptr"],
+    do_not_specialize_on_alignment=["cos", "sin", "slots", "block_table", "rows", "seq_lens", "slopes_ptr"],
 )
 def decode(
     q,
+    k,
+    v,
+    cos,
+    sin,
+    slots,
     out,
     k_cache,
     v_cache,
@@ -35,11 +41,15 @@ def decode(
     scale,
     softcap,
     stride_q,
+    stride_k,
+    stride_v,
     stride_table,
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a kv head, padded to 16
     SPLITS: tl.constexpr,
@@ -53,6 +63,8 @@ def decode(
 ):
     """A program: a share of an entry's keys and one kv head, for all of its query heads.
 
+    The entry's own key and value come from this step's projection: every share rotates the query, and the last one the
+    key, stores both, and begins with them; so K and V are read up to the token before.
     What it reads before `grid_wait` was written before the step's embedding, which is no kernel of ours and so has
     waited for all that came before it: lengths, tables, and the keys of earlier steps.
     """
@@ -75,9 +87,9 @@ def decode(
             LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
             keys = begin + tl.arange(0, BLOCK_N)
             old = keys < tl.minimum(end, length - 1)
-            slots = tl.where(old, _slots(table, keys, old, base, BLOCK_SIZE, CONTIGUOUS, True), 0)
+            places = tl.where(old, _slots(table, keys, old, base, BLOCK_SIZE, CONTIGUOUS, True), 0)
             of_key = tl.minimum(tl.arange(0, LINES) * LINE, HEAD_DIM - 1)
-            where = ((slots * KV_HEADS + head) * HEAD_DIM)[:, None] + of_key[None, :]
+            where = ((places * KV_HEADS + head) * HEAD_DIM)[:, None] + of_key[None, :]
             prefetch(k_cache + where)
             prefetch(v_cache + where)
     grid_wait(PDL)
@@ -85,19 +97,37 @@ def decode(
         h = tl.arange(0, GROUP)
         d = tl.arange(0, BLOCK_D)
         real = h < group
+        inside = d < HEAD_DIM
         q_head = head * group + h
-        mask = real[:, None] & (d < HEAD_DIM)[None, :]
-        q_tile = tl.load(
-            q + entry.to(tl.int64) * stride_q + q_head[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0
-        )
+        mask = real[:, None] & inside[None, :]
+        token = entry.to(tl.int64)
+        query = q + token * stride_q + q_head[:, None] * HEAD_DIM + d[None, :]
+        key = k + token * stride_k + head * HEAD_DIM + d
+        if PAIRS > 0:
+            c, s = cos + token * PAIRS, sin + token * PAIRS
+            q_tile = _rotated(query, mask, d[None, :], c, s, PAIRS, INTERLEAVED)
+            new_k = _rotated(key, inside, d, c, s, PAIRS, INTERLEAVED)
+        else:
+            q_tile = tl.load(query, mask=mask, other=0.0)
+            new_k = tl.load(key, mask=inside, other=0.0)
+        new_v = tl.load(v + token * stride_v + head * HEAD_DIM + d, mask=inside, other=0.0)
+        new_k, new_v = _to_cache(new_k, k_cache), _to_cache(new_v, v_cache)
+        last = end == length
+        slot = tl.load(slots + token)
+        if last & (slot >= 0):
+            place = (slot * KV_HEADS + head) * HEAD_DIM + d
+            tl.store(k_cache + place, new_k, mask=inside)
+            tl.store(v_cache + place, new_v, mask=inside)
         q_tile = _query(q_tile, k_cache)
         slopes = h.to(tl.float32)
         if ALIBI:
             slopes = tl.load(slopes_ptr + q_head, mask=real, other=0.0).to(tl.float32)
+        own = tl.sum(q_tile.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
+        own = _scores(own[:, None], length - 1 + tl.arange(0, 1), slopes, scale, softcap, SOFTCAP, ALIBI)
         m, total, acc = _attend(
-            tl.full([GROUP], float("-inf"), tl.float32),
-            tl.zeros([GROUP], tl.float32),
-            tl.zeros([GROUP, BLOCK_D], tl.float32),
+            tl.where(last, tl.sum(own, 1), float("-inf")),
+            tl.where(last, tl.full([GROUP], 1.0, tl.float32), 0.0),
+            tl.where(last, tl.zeros([GROUP, BLOCK_D], tl.float32) + new_v.to(tl.float32)[None, :], 0.0),
             q_tile,
             h,  # not read: the one query sees every key
             slopes,
@@ -107,7 +137,7 @@ def decode(
             base,
             head,
             begin,
-            end,
+            tl.minimum(end, length - 1),
             scale,
             softcap,
             KV_HEADS,
