@@ -26,7 +26,7 @@ class Pipe:
     """A rank's place among the stages of a pipeline, and its connections to the others.
 
     On GPUs all is enqueued in the order of the calls: a part of a step is received, computed and sent, then the next
-    part, and in the end tokens are shared. Each waits only for parts before its own, in any stage, or for its own in the
+    part, and in the end tokens are shared. Each waits only for parts before its own, in any stage, or for its own in a
     stage before; so nothing waits in a circle, even where a send ends no sooner than it is received.
 
     Args:
