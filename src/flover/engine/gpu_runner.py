@@ -1,9 +1,9 @@
 """The runner on a GPU: one staging copy a step, CUDA graphs, results read back while later steps run.
 
-`execute` only enqueues. A step runs as two graphs, up to the logits and sampling (`cuda_graph`), but a long prefill, one
-cut into micro-batches, or one whose prompt is scored, kernel by kernel. Row state has its truth on the host, which knows it exactly; the block
-table and the tokens drawn last live on the device. In prefill mode "overlap" a step's prefill has a lane of its own;
-the step is sampled when both have ended.
+`execute` only enqueues. A step runs as two graphs, up to the logits and sampling (`cuda_graph`), but kernel by kernel
+if it has a long prefill, is cut into micro-batches or scores a prompt. Row state has its truth on the host, which knows
+it exactly; the block table and the tokens drawn last live on the device. In prefill mode "overlap" a step's prefill has
+a lane of its own; the step is sampled when both have ended.
 """
 
 from __future__ import annotations
