@@ -3,11 +3,13 @@ r"""Several GPUs: a decode step by the number of ranks, and what a sum over rank
     python benchmarks/ranks.py                                    # llama3-8b on 1 and 2 GPUs
     python benchmarks/ranks.py --model llama-65b --batches 8 --max-model-len 512 --gpu-memory-utilization 0.97 \
         --only decode --output benchmarks/results/gpu_tp_llama-65b.json
+    python benchmarks/ranks.py --stages --only decode,prefill     # each rank is a stage of a pipeline
 
-Weights, lengths and bounds as in gpu.py; the bound is that of one rank's share. `speed_up` is over one rank, or over
-the fewest that were measured; `efficiency` is that over the number of ranks. `sums`: microseconds of a bf16 sum over
-all ranks inside a CUDA graph, by NCCL, by one shot through shared memory, and as part of the norm that reads it, beside
-the same norm of a sum that is there already. Writes benchmarks/results/gpu_tp.json.
+Weights, lengths and bounds as in gpu.py; the bound is that of one rank's share, of the last stage's where ranks are
+stages, of which a decode step takes all, one after the other. `speed_up` is over one rank, or over the fewest that were
+measured; `efficiency` is that over the number of ranks. `sums`: microseconds of a bf16 sum over all ranks inside a CUDA
+graph, by NCCL, by one shot through shared memory, and as part of the norm that reads it, beside the same norm of a sum
+that is there already. Writes benchmarks/results/gpu_tp.json, with --stages gpu_pp.json.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from flover.engine.peers import open_exchange
 from flover.kernels.triton import rms_norm
 from flover.parallel import ProcessGroup, connect
 from flover.profile import environment
-from gpu import RESULTS, decode
+from gpu import RESULTS, decode, prefill
 
 ROWS = (1, 8, 32, 64, 128, 256)
+PROMPTS = ((1, 1000), (8, 1000))  # number, tokens of each
 
 
 def replayed(function: Callable[[], Any], repeats: int = 20) -> float:
@@ -118,9 +121,12 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,64,128,256")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--only", default="sums,decode")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_tp.json")
+    parser.add_argument("--stages", action="store_true", help="ranks are stages of a pipeline, not tensor-parallel")
+    parser.add_argument("--only", default="sums,decode", help="of sums, decode, prefill")
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    output: Path = args.output or RESULTS / ("gpu_pp.json" if args.stages else "gpu_tp.json")
+    size_of = "pipeline_parallel_size" if args.stages else "tensor_parallel_size"
     ranks, batches = ([int(n) for n in text.split(",")] for text in (args.ranks, args.batches))
     limits = measured_limits("cuda", torch.bfloat16)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -137,27 +143,29 @@ def main() -> None:
         "model": args.model,
     }
     print(json.dumps(result, indent=1), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     only = args.only.split(",")
     if "sums" in only:
         hidden = int(MODELS[args.model].get("hidden_size", MODELS[args.model].get("n_embd", 0)))
         result["sums"] = sums(max(ranks), hidden)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    for size in ranks if "decode" in only else ():
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    steps = [part for part in ("decode", "prefill") if part in only]
+    for size in ranks if steps else ():
         with tempfile.TemporaryDirectory(prefix="flover-bench-") as temporary:
-            given = {"device": "cuda", "tensor_parallel_size": size}
+            given = {"device": "cuda", size_of: size}
             settings = {"max_model_len": args.max_model_len, "max_num_seqs": max(batches)}
             settings["gpu_memory_utilization"] = args.gpu_memory_utilization
             bench = Bench(args.model, Path(temporary), limits, given | settings)
-            rows = decode(bench, batches)
+            for part in steps:
+                rows = prefill(bench, PROMPTS) if part == "prefill" else decode(bench, batches)
+                first = result.setdefault(part, {}).get(str(ranks[0]), rows)
+                for row, one in zip(rows, first):
+                    row["speed_up"] = round(one["ms"] / row["ms"], 3)
+                    row["efficiency"] = round(one["ms"] / row["ms"] * ranks[0] / size, 3)
+                result[part][str(size)] = rows
+                print(part, "ranks", size, rows, flush=True)
+                output.write_text(json.dumps(result, indent=1) + "\n")
             bench.close()
-        first = result.setdefault("decode", {}).get(str(ranks[0]), rows)
-        for row, one in zip(rows, first):
-            row["speed_up"] = round(one["ms"] / row["ms"], 3)
-            row["efficiency"] = round(one["ms"] / row["ms"] * ranks[0] / size, 3)
-        result["decode"][str(size)] = rows
-        print("ranks", size, rows, flush=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
     os._exit(0)  # no thread of a group is waited for
 
 

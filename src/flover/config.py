@@ -45,7 +45,7 @@ class EngineConfig:
         reorder: slab only: "off" (dead rows compute until an edge frees), "move" (compaction), "indirect" (no copies).
         tensor_parallel_size: ranks that compute the model together, each with a part of every layer and of the cache.
         pipeline_parallel_size: stages, each of some of the layers and of tensor_parallel_size ranks, for links that are
-            too slow for tensor parallelism. On a CPU only so far.
+            too slow for tensor parallelism.
         num_kv_blocks: paged cache size in blocks of block_size; kv_cache_memory_bytes: in bytes. Give at most one.
         gpu_memory_utilization: share of the memory free on the GPU that weights, steps and cache may take together.
         batch_invariant: every logit bit-equal alone and fused, at the price of padding.

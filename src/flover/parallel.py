@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -18,18 +19,24 @@ from torch import Tensor
 
 # of one collective: ranks run the same step at the same time, so none waits for long while all live
 TIMEOUT = timedelta(seconds=300)
+CPU = torch.device("cpu")
 
 
 class Pipe:
     """A rank's place among the stages of a pipeline, and its connections to the others.
 
+    On GPUs all is enqueued in the order of the calls: a part of a step is received, computed and sent, then the next
+    part, and in the end tokens are shared. Each waits only for parts before its own, in any stage, or for its own in a
+    stage before; so nothing waits in a circle, even where a send ends no sooner than it is received.
+
     Args:
         stage: the first one embeds, the last one has the head, and samples.
         backend: of torch.distributed, in which a stage's number counts from the last one: the last is rank 0.
+        device: of the tensors that the backend takes; others are copied.
     """
 
-    def __init__(self, stage: int = 0, stages: int = 1, backend: Any = None) -> None:
-        self.stage, self.stages, self._backend = stage, stages, backend
+    def __init__(self, stage: int = 0, stages: int = 1, backend: Any = None, device: torch.device = CPU) -> None:
+        self.stage, self.stages, self._backend, self._device = stage, stages, backend, device
         self._sent: list[tuple[Any, Tensor]] = []  # on their way
 
     @property
@@ -40,35 +47,50 @@ class Pipe:
     def last(self) -> bool:
         return self.stage == self.stages - 1
 
-    def _number(self, stage: int) -> int:
-        return self.stages - 1 - stage
+    @property
+    def capturable(self) -> bool:
+        """As of a group."""
+        return _capturable(self._backend)
 
     def send(self, x: Tensor) -> None:
         """To the next stage; returns at once, so that this one can go on."""
-        x = x.contiguous()
-        self._sent.append((self._backend.send([x], self._number(self.stage + 1), 0), x))
+        x = x.to(self._device).contiguous()
+        self._sent.append((self._start(self._backend.send, x, self.stage + 1), x))
 
     def receive(self, like: Tensor) -> Tensor:
         """From the stage before, in the shape and type of `like`."""
-        x = torch.empty_like(like)
-        self._backend.recv([x], self._number(self.stage - 1), 0).wait()
-        return x
+        x = torch.empty_like(like, device=self._device)
+        self._start(self._backend.recv, x, self.stage - 1).wait()
+        return x.to(like.device)
+
+    def _start(self, operation: Any, x: Tensor, stage: int) -> Any:
+        number = self.stages - 1 - stage
+        if not self._backend.supports_coalescing:
+            return operation([x], number, 0)
+        # a batch of one: outside of batches NCCL connects each pair of ranks anew, when they first need it
+        self._backend._start_coalescing()
+        operation([x], number, 0)
+        return self._backend._end_coalescing()
 
     def flush(self) -> None:
-        """Wait until what was sent has gone."""
+        """Wait until what was sent has gone: the caller, or on GPUs what is enqueued from here on."""
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()
 
-    def share(self, tokens: Tensor) -> Tensor:
-        """The tokens that the last stage drew, on every stage; `tokens` may be overwritten."""
-        if self.stages > 1:
-            self._backend.broadcast([tokens], dist.BroadcastOptions()).wait()
-        return tokens
+    def share(self, x: Tensor) -> Tensor:
+        """x of the last stage, on every stage; x may be overwritten."""
+        if self.stages == 1:
+            return x
+        shared = x.to(self._device).contiguous()
+        self._backend.broadcast([shared], dist.BroadcastOptions()).wait()
+        return shared.to(x.device)
 
     def close(self) -> None:
-        """Leave; its connections close with the last reference."""
-        self._backend = None
+        """Leave; what is under way fails, where the backend can do that."""
+        with suppress(Exception):  # what is broken need not be left in order
+            self._backend.abort()
+        self._backend = None  # with the last reference its connections close
         self._sent.clear()
 
 
@@ -116,10 +138,11 @@ class Group:
         return x
 
     def agree(self, flag: bool, device: torch.device) -> bool:
-        """What rank 0 says; the answer travels by way of the device."""
-        if self.size == 1:
+        """What rank 0 of the last stage says; the answer travels by way of the device."""
+        if self.size == self.pipe.stages == 1:
             return flag
-        return bool(self.broadcast(torch.tensor([flag], dtype=torch.int32, device=device)).item())
+        said = self.broadcast(torch.tensor([flag], dtype=torch.int32, device=device))
+        return bool(self.pipe.share(said).item())
 
     def close(self) -> None:
         """Leave; collectives that are under way fail, where the backend can do that."""
@@ -159,7 +182,7 @@ class ProcessGroup(Group):
     __slots__ = ("_backend",)
 
     def __init__(self, rank: int, size: int, backend: Any, ordered: bool = False) -> None:
-        super().__init__(rank, size, ordered, not isinstance(backend, dist.ProcessGroupGloo))
+        super().__init__(rank, size, ordered, _capturable(backend))
         self._backend = backend
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -194,9 +217,11 @@ class ProcessGroup(Group):
     def close(self) -> None:
         if self.exchange is not None:
             self.exchange.close()
+        pipe = Thread(target=self.pipe.close)  # at once: a kernel that waits for one may keep the other from ending
+        pipe.start()
         with suppress(Exception):  # what is broken need not be left in order
             self._backend.abort()
-        Group.close(self)
+        pipe.join()
         self._backend = None  # with the last reference its connections close
 
 
@@ -210,21 +235,28 @@ def connect(store: Any, rank: int, size: int, device: torch.device, address: str
     """
     if size == 1:
         return Group(ordered=ordered)
+    return ProcessGroup(rank, size, _backend(store, rank, size, device, address), ordered)
+
+
+def connect_stages(store: Any, stage: int, stages: int, device: torch.device, address: str) -> Pipe:
+    """Meet the ranks of the same place in the other stages; as `connect`."""
+    if stages == 1:
+        return WHOLE
+    backend = _backend(store, stages - 1 - stage, stages, device, address)
+    pipe = Pipe(stage, stages, backend, device if _capturable(backend) else CPU)
+    pipe.share(torch.zeros(1, device=device))  # NCCL connects now, while all are here, not within a step
+    return pipe
+
+
+def _capturable(backend: Any) -> bool:
+    return not isinstance(backend, dist.ProcessGroupGloo)
+
+
+def _backend(store: Any, rank: int, size: int, device: torch.device, address: str) -> Any:
     if device.type == "cuda" and _own_device(store, rank, size, device):
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = TIMEOUT
-        backend: Any = dist.ProcessGroupNCCL(store, rank, size, options)
-    else:
-        backend = _gloo(store, rank, size, address)
-    return ProcessGroup(rank, size, backend, ordered)
-
-
-def connect_stages(store: Any, stage: int, stages: int, address: str) -> Pipe:
-    """Meet the ranks of the same place in the other stages."""
-    return WHOLE if stages == 1 else Pipe(stage, stages, _gloo(store, stages - 1 - stage, stages, address))
-
-
-def _gloo(store: Any, rank: int, size: int, address: str) -> Any:
+        return dist.ProcessGroupNCCL(store, rank, size, options)
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = TIMEOUT

@@ -136,10 +136,11 @@ def resolve(
 
 def _check_parallel(config: EngineConfig, model: ModelConfig, device: str) -> None:
     check_ranks(model, config.tensor_parallel_size)
-    if config.tensor_parallel_size > 1 and device == "cuda" and config.prefill_mode == "overlap":
-        raise ValueError("prefill_mode='overlap' with tensor_parallel_size above 1: ranks cannot talk on two streams")
-    if config.pipeline_parallel_size > 1 and device == "cuda":
-        raise ValueError("pipeline_parallel_size above 1 works with device='cpu' only; tensor_parallel_size on GPUs")
+    if config.num_ranks > 1 and device == "cuda" and config.prefill_mode == "overlap":
+        raise ValueError(
+            f"prefill_mode='overlap' with {config.num_ranks} ranks on GPUs: they cannot talk on two streams; "
+            "'mixed' and 'separate' work"
+        )
 
 
 def _room(config: EngineConfig, device: str, free_bytes: int, weights: int, step: int) -> int:

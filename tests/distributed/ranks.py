@@ -23,13 +23,21 @@ T = TypeVar("T")
 def on_ranks(size: int, function: Callable[[Group], T], *, ordered: bool = False) -> list[T]:
     """`function(group)` of every rank at once; what the first that fails raises, this raises."""
     store: Any = HashStore()  # type: ignore[no-untyped-call]
+
+    def rank(number: int) -> T:
+        return function(connect(store, number, size, torch.device("cpu"), "127.0.0.1", ordered))
+
+    return together(size, rank)
+
+
+def together(size: int, function: Callable[[int], T]) -> list[T]:
+    """`function(number)` of every rank at once; what the first that fails raises, this raises."""
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
 
     def rank(number: int) -> None:
         try:
-            group = connect(store, number, size, torch.device("cpu"), "127.0.0.1", ordered)
-            results[number] = function(group)
+            results[number] = function(number)
         except BaseException as error:
             errors.append(error)
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from parity import CASES, checkpoints
-from ranks import ThreadRanks
+from ranks import ThreadRanks, together
+from torch.distributed import HashStore
 
 from flover.config import EngineConfig
 from flover.engine.engine import EngineCore
 from flover.engine.runner import Batch, micro_batches
+from flover.parallel import CPU, Group, connect_stages
 from flover.request import Request, RowSampling
 from flover.sharding import stage_layers
 
@@ -89,6 +92,29 @@ def test_a_rank_holds_only_its_stage(folders: Any, ranks: ThreadRanks) -> None:
     embeddings = [any(name.startswith("embed.") for name, _ in r.model.named_parameters()) for r in runners]
     assert (heads, embeddings) == ([True, False, False], [False, False, True])
     core.shutdown()
+
+
+def test_what_stages_say_to_each_other() -> None:
+    """Parts in order, though the first stage sends all before anybody receives; and the last stage is right."""
+    store: Any = HashStore()  # type: ignore[no-untyped-call]
+    parts = torch.arange(12.0).view(3, 4)
+
+    def stage(number: int) -> tuple[list[list[float]], bool, list[int]]:
+        pipe = connect_stages(store, number, 3, CPU, "127.0.0.1")
+        received = []
+        for part in parts:
+            x = part if pipe.first else pipe.receive(torch.empty(4))
+            received.append(x.tolist())
+            if not pipe.last:
+                pipe.send(x + 100)
+        pipe.flush()
+        agreed = Group(pipe=pipe).agree(pipe.last, CPU)
+        return received, agreed, pipe.share(torch.tensor([number])).tolist()
+
+    for number, (received, agreed, shared) in enumerate(together(3, stage)):
+        assert received == (parts + 100 * number).tolist()
+        assert agreed
+        assert shared == [2]
 
 
 def test_micro_batches_are_even_and_whole() -> None:

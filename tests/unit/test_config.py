@@ -114,6 +114,15 @@ def test_what_cannot_fit_says_what_would(options: dict[str, Any], message: str) 
     assert message in str(error.value)
 
 
+def test_ranks_on_gpus() -> None:
+    ranks = {"device": "cuda", "pipeline_parallel_size": 3, "tensor_parallel_size": 2}
+    config = resolved(**ranks)
+    assert config.kv.bytes_per_token == 2 * 6 * 4 * 64 * 4  # of the stage with most layers
+    assert resolved(prefill_mode="separate", **ranks)
+    with pytest.raises(ValueError, match="^prefill_mode='overlap' with 6 ranks .* 'mixed' and 'separate' work$"):
+        resolved(prefill_mode="overlap", **ranks)
+
+
 def test_suggestion_for_a_slab_is_true() -> None:
     with pytest.raises(ValueError, match="max_num_seqs=") as error:
         resolved(kv_layout="slab", max_num_seqs=500)

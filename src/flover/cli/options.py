@@ -79,7 +79,7 @@ HELP = {
     "load_format": "dummy: random weights",
     "quantization": "of linear layers while loading: weights of 8 bits, with _w8a8 tokens too",
     "tensor_parallel_size": "ranks that compute the model together: GPUs, or processes on a CPU",
-    "pipeline_parallel_size": "stages of layers, each of so many ranks; on a CPU",
+    "pipeline_parallel_size": "stages of layers, each of tensor_parallel_size ranks",
     "num_threads": "CPU threads",
     "debug_poison": "fill freed KV with NaN",
     "num_prompts": "requests (default: 32, or all of a trace)",

@@ -169,6 +169,7 @@ class StepGraphs:
             logits, rows = self._steps.logits(shape)
             self._logits[: shape.entries].copy_(logits)
             self._rows[: shape.entries].copy_(rows)
+            self._group.pipe.flush()  # what a graph begins must end in it
 
         forward()  # this step's, and it compiles what is recorded next
         if shape in self._seen:

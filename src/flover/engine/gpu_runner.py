@@ -1,9 +1,9 @@
 """The runner on a GPU: one staging copy a step, CUDA graphs, results read back while later steps run.
 
-`execute` only enqueues. A step runs as two graphs, up to the logits and sampling (`cuda_graph`), but a long prefill, or
-one whose prompt is scored, kernel by kernel. Row state has its truth on the host, which knows it exactly; the block
-table and the tokens drawn last live on the device. In prefill mode "overlap" a step's prefill has a lane of its own;
-the step is sampled when both have ended.
+`execute` only enqueues. A step runs as two graphs, up to the logits and sampling (`cuda_graph`), but kernel by kernel
+if it has a long prefill, is cut into micro-batches or scores a prompt. Row state has its truth on the host, which knows
+it exactly; the block table and the tokens drawn last live on the device. In prefill mode "overlap" a step's prefill has
+a lane of its own; the step is sampled when both have ended.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flover.config import ResolvedConfig
 from flover.engine.batch import BatchPlan, IntArray, RowMasks, Scores, StepResult
 from flover.engine.lane import RING, Lane, Staged
-from flover.engine.runner import Batch, Mask, ModelRunner
+from flover.engine.runner import Batch, Mask, ModelRunner, micro_batches
 from flover.layers.sampler import SamplerOutput
 from flover.models.base import CausalLM
 from flover.parallel import ALONE, Group
 from flover.sharding import local_kv_heads
 from flover.startup import StartupTimes
+
+MICRO_BATCH = 256  # tokens, at least: fewer take a stage as long, which reads its weights for either
 
 
 class Pending:
@@ -104,20 +107,28 @@ class GpuRunner(ModelRunner):
 
     def _forward_of(self, plan: BatchPlan) -> Callable[[], StepResult | Pending]:  # type: ignore[override]
         with torch.cuda.stream(self._lane.stream):
-            self._apply(plan)
-            batch = self._batch(plan)
-            if batch is None:
-                return self.empty_result
-            edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
-            self.edited.clear()
-            alone = batch.counts == 1
-            if plan.scored or plan.pooled:
-                return self._scored(plan, batch, edits)
-            if self._side is not None and alone.any() and not alone.all():
-                return self._overlapped(self._side, batch, alone, edits)
-            staged = self._lane.stage(batch, edits)
-            draw = self._drawing(self._lane, staged)
-            return lambda: self._read_back(draw(), staged.entries[batch.samples], ())
+            sample = self._compute(plan)
+            self.group.pipe.flush()
+            return sample
+
+    def _compute(self, plan: BatchPlan) -> Callable[[], StepResult | Pending]:
+        self._apply(plan)
+        batch = self._batch(plan)
+        if batch is None:
+            return self.empty_result
+        edits = [(row, lo, self.tables[row, lo:hi]) for row, (lo, hi) in self.edited.items() if lo < hi]
+        self.edited.clear()
+        alone = batch.counts == 1
+        if plan.scored or plan.pooled:
+            return self._scored(plan, batch, edits)
+        if self._side is not None and alone.any() and not alone.all():
+            return self._overlapped(self._side, batch, alone, edits)
+        parts = micro_batches(batch, max(min(self.group.pipe.stages, int(batch.counts.sum()) // MICRO_BATCH), 1))
+        if len(parts) > 1:
+            return self._in_parts(parts, edits)
+        staged = self._lane.stage(batch, edits)
+        draw = self._drawing(self._lane, staged)
+        return lambda: self._read_back(draw(), staged.entries[batch.samples], ())
 
     def _drawing(self, lane: Lane, staged: Staged) -> Callable[[], SamplerOutput]:
         """Compute a staged step up to its logits; -> what samples them."""
@@ -134,10 +145,27 @@ class GpuRunner(ModelRunner):
         staged = self._lane.stage(batch, edits, capture=False)
         hidden = self._lane.hidden(staged.shape)
         first = dict(zip(batch.rows.tolist(), staged.begins.tolist()))
-        scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
-        pooled = self._pool(plan, batch, hidden, first)
+        scores, pooled = self._of_prompts(plan, batch, hidden, first)
         logits, rows = self._lane.logits(staged.shape, hidden)
         return lambda: self._read_back(self.sampler.sample(logits, rows), staged.entries[batch.samples], scores, pooled)
+
+    def _in_parts(
+        self, parts: list[Batch], edits: list[tuple[int, int, IntArray]]
+    ) -> Callable[[], StepResult | Pending]:
+        """Micro-batches, on which the stages of a pipeline work at the same time; then all are sampled together.
+
+        Kernel by kernel: graphs leave their logits in one buffer, and the device takes longer than the host.
+        """
+        logits, rows, where = list[Tensor](), list[Tensor](), list[IntArray]()
+        for part in parts:
+            staged = self._lane.stage(part, edits, capture=False)
+            where.append(staged.entries[part.samples] + sum(map(len, rows)))
+            of_part = self._lane.logits(staged.shape)
+            logits.append(of_part[0])
+            rows.append(of_part[1])
+            edits = []
+        every = torch.cat(logits), torch.cat(rows)
+        return lambda: self._read_back(self.sampler.sample(*every), np.concatenate(where), ())
 
     def _overlapped(
         self, side: Lane, batch: Batch, alone: Mask, edits: list[tuple[int, int, IntArray]]

@@ -111,7 +111,8 @@ def meet(store: Any, prefix: str, rank: int, config: ResolvedConfig, address: st
     own, across = PrefixStore(f"{prefix}/stage{behind}", store), PrefixStore(f"{prefix}/pipe{place}", store)
     device = torch.device(engine.device)
     group = connect(own, place, engine.tensor_parallel_size, device, address, engine.batch_invariant)
-    group.pipe = connect_stages(across, stages - 1 - behind, stages, address)
+    group.pipe = connect_stages(across, stages - 1 - behind, stages, device, address)
+    group.capturable = group.capturable and group.pipe.capturable
     if group.size > 1 and group.capturable and backend_of(config) == "triton":
         from flover.engine.peers import open_exchange  # triton is not everywhere
 

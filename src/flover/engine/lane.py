@@ -42,7 +42,8 @@ class Lane:
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         rows, blocks = runner.tables.shape
         self.max_tokens = 2 * (max_batched_tokens + rows) + 64  # a captured shape is larger than the step
-        self.staging = Staging(11 * self.max_tokens + rows * (blocks + 8), RING, rows, runner.device)
+        ring = RING * runner.group.pipe.stages  # a step has as many micro-batches
+        self.staging = Staging(11 * self.max_tokens + rows * (blocks + 8), ring, rows, runner.device)
         self._tokens = torch.empty(2, self.max_tokens, dtype=torch.int64, device=runner.device)  # input ids, slots
         self.graphs = StepGraphs(self, vocab_size, dtype, self.max_tokens, runner.device, runner.group)
 
@@ -152,6 +153,5 @@ class Lane:
             block_size=size,
             contiguous=runner.kv_config.layout == "slab",
         )
-        storage = runner.storage
-        ctx = ForwardContext(storage.k, storage.v, slots, v["prompt_lens"], meta, self.batch_invariant)
+        ctx = ForwardContext(*runner.caches, slots, v["prompt_lens"], meta, self.batch_invariant)
         return runner.model.forward(input_ids, v["positions"], ctx)

@@ -95,7 +95,7 @@ class ModelRunner:
         with self.times.phase("KV cache"):
             self.storage = KVStorage(*shape, getattr(torch, kv.dtype), self.device, backend, elastic)
         before = [self.storage.k[0]] * begin  # layers of other stages, whose caches nothing reads
-        self._caches = before + self.storage.k, before + self.storage.v
+        self.caches = before + self.storage.k, before + self.storage.v
         self.sampler = Sampler(rows + 1, sizes.vocab_size, self.device, backend, group)  # the last is scratch
         self.tables: IntArray = np.zeros((rows, -(-config.scheduler.max_model_len // kv.block_size)), dtype=np.int64)
         self.edited: dict[int, tuple[int, int]] = {}  # row -> entries of its table that changed since the last step
@@ -172,32 +172,21 @@ class ModelRunner:
         pipe = self.group.pipe
         hidden = torch.cat([self._forward(part) for part in micro_batches(batch, pipe.stages)])
         pipe.flush()
-        if not pipe.last:
-            return lambda: self._drawn_elsewhere(batch)
         ends = np.cumsum(batch.counts)
         first = dict(zip(batch.rows.tolist(), (ends - batch.counts).tolist()))
-        scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
-        pooled = self._pool(plan, batch, hidden, first)
+        scores, pooled = self._of_prompts(plan, batch, hidden, first)
         if not batch.samples.any():
             return lambda: self.empty_result()._replace(prompt_scores=scores, pooled=pooled)
         logits = self.model.compute_logits(hidden[self._tensor(ends[batch.samples] - 1)])
 
         def sample() -> StepResult:
             output = self.sampler.sample(logits, self._tensor(batch.rows[batch.samples]))
-            pipe.share(output.token_ids)
             logprobs = None if output.logprobs is None else Scores(*(part.cpu().numpy() for part in output.logprobs))
             exhausted = None if output.exhausted is None else output.exhausted.cpu().numpy()
             tokens, finite = output.token_ids.cpu().numpy(), output.finite.cpu().numpy()
             return StepResult(tokens, finite, logprobs, scores, pooled, exhausted)
 
         return sample
-
-    def _drawn_elsewhere(self, batch: Batch) -> StepResult:
-        """The tokens that the last stage has drawn; only rank 0, which is one of it, has a result."""
-        rows = self._tensor(batch.rows[batch.samples])
-        if len(rows):
-            self.sampler.record(rows, self.group.pipe.share(torch.empty_like(rows)))
-        return self.empty_result()
 
     def _batch(self, plan: BatchPlan) -> Batch | None:
         """The rows that have tokens in this step, with lengths advanced; None if there are none."""
@@ -265,8 +254,8 @@ class ModelRunner:
         input_ids[self._tensor(np.repeat(batch.in_prefill, counts))] = prefill_ids
         lengths = (positions[ends - 1] + 1).tolist()
         ctx = ForwardContext(
-            k_cache=self._caches[0],
-            v_cache=self._caches[1],
+            k_cache=self.caches[0],
+            v_cache=self.caches[1],
             slot_mapping=self._tensor(slots),
             prompt_lens=self._tensor(self.prompt[row_of]),
             meta=AttentionMetadata(
@@ -281,13 +270,16 @@ class ModelRunner:
         hidden: Tensor = self.model.forward(input_ids, self._tensor(positions), ctx)
         return hidden
 
-    def _pool(
+    def _of_prompts(
         self, plan: BatchPlan, batch: Batch, hidden: Tensor, first: dict[int, int]
-    ) -> tuple[npt.NDArray[np.float32], ...]:
-        """A plan's `pooled`. first: of each row, where its tokens begin in `hidden`."""
+    ) -> tuple[tuple[Scores, ...], tuple[npt.NDArray[np.float32], ...]]:
+        """A plan's `scored` and `pooled`, of the last stage. first: of each row, where its tokens begin in `hidden`."""
+        if not self.group.pipe.last:
+            return (), ()
+        scores = tuple(self._score(hidden[first[row] :], best, ids) for row, _, best, ids in plan.scored)
         counts = dict(zip(batch.rows.tolist(), batch.counts.tolist())) if plan.pooled else {}
         parts = [(hidden[first[row] : first[row] + counts[row]].float(), mean) for row, _, mean in plan.pooled]
-        return tuple((part.sum(0) if mean else part[-1]).cpu().numpy() for part, mean in parts)
+        return scores, tuple((part.sum(0) if mean else part[-1]).cpu().numpy() for part, mean in parts)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """All logits `[n, vocab_size]`, whatever part of them is this rank's."""

@@ -23,7 +23,7 @@ from flover.kernels.reference import sampling as ops
 from flover.layers.sampler_state import Field, Join, Needs, RowTables, send
 from flover.parallel import ALONE, Group
 from flover.request import RowSampling
-from flover.sharding import vocab_part
+from flover.sharding import Part, vocab_part
 
 
 class SamplerOutput(NamedTuple):
@@ -103,13 +103,15 @@ class Sampler:
     backend: whose `draw` picks the tokens (`kernels.dispatch`).
     group: the ranks among which the logits are divided. Each takes the best of its ids, and only these are compared;
         where filters, penalties or log-probabilities need all logits, they are gathered, and what rank 0 draws counts.
+        Of a pipeline the last stage has the logits and draws; the others learn what.
     """
 
     def __init__(
         self, max_rows: int, vocab_size: int, device: torch.device, backend: str = "torch", group: Group = ALONE
     ) -> None:
         self.max_rows, self.vocab_size, self.device = max_rows, vocab_size, device
-        self.group, self.part = group, vocab_part(vocab_size, group.rank, group.size)
+        self.group = group
+        self.part = vocab_part(vocab_size, group.rank, group.size) if group.pipe.last else Part(0, ((0, 0),))
         self._backend = load_backend(backend)
         neutral = torch.zeros(len(Field), max_rows, dtype=torch.int64)  # greedy: padding rows may be sampled
         neutral.view(torch.float64)[[Field.TEMPERATURE, Field.TOP_P, Field.REPETITION]] = 1.0
@@ -212,9 +214,11 @@ class Sampler:
 
         Returns:
             The tokens. Logprobs are of the raw logits, k the most that any joined row wants; those of a row
-            that is not finite mean nothing.
+            that is not finite mean nothing. Where another stage draws, only the tokens.
         """
         assert logits.shape == (rows.shape[0], self.part.size)
+        if not self.group.pipe.last:
+            return self._drawn_elsewhere(rows)
         needs = self.needs
         state = self._state.index_select(1, rows)  # [fields, n]
         if self.group.size > 1:
@@ -245,9 +249,11 @@ class Sampler:
         self._record(rows, state, token_ids, needs)
         return SamplerOutput(token_ids, finite, logprobs, scores.amax(-1) == -math.inf if needs.masking else None)
 
-    def record(self, rows: Tensor, token_ids: Tensor) -> None:
-        """Take in what another stage has drawn: [n] int64 for each of rows [n]."""
+    def _drawn_elsewhere(self, rows: Tensor) -> SamplerOutput:
+        """What the last stage draws; all that another one need know of it is the tokens that it embeds next."""
+        token_ids = self.group.pipe.share(torch.empty_like(rows))
         self._state[Field.LAST_TOKEN].index_copy_(0, rows, token_ids)
+        return SamplerOutput(token_ids, torch.ones_like(rows, dtype=torch.bool), None)
 
     def whole(self, logits: Tensor) -> Tensor:
         """All logits `[n, vocab]` of this rank's part of them."""
@@ -299,6 +305,7 @@ class Sampler:
         return scores
 
     def _record(self, rows: Tensor, state: Tensor, token_ids: Tensor, needs: Needs) -> None:
+        self.group.pipe.share(token_ids)
         self._state[Field.LAST_TOKEN].index_copy_(0, rows, token_ids)
         self._state[Field.NUM_OUTPUTS].index_copy_(0, rows, state[Field.NUM_OUTPUTS] + 1)
         if needs.penalties:

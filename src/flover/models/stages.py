@@ -38,8 +38,9 @@ class Send(Receive):
     """The stream to the next stage."""
 
     def forward(self, x: Tensor, delta: Tensor | None, *_: Any) -> tuple[Tensor, Tensor | None]:
-        self.pipe.send(x if delta is None else x + delta)
-        return x, delta
+        x = x if delta is None else x + delta
+        self.pipe.send(x)
+        return x, None
 
 
 class Blank:
@@ -50,6 +51,11 @@ class Blank:
 
     def __call__(self, ids: Tensor) -> Tensor:
         return torch.zeros(len(ids), self.dim, dtype=self.dtype, device=ids.device)
+
+
+def no_logits(hidden: Tensor) -> Tensor:
+    """In place of a head whose stage this is not: of no ids."""
+    return hidden.new_empty(len(hidden), 0)
 
 
 def cut(module: Any, pipe: Pipe, dtype: torch.dtype) -> None:
@@ -71,3 +77,4 @@ def cut(module: Any, pipe: Pipe, dtype: torch.dtype) -> None:
             module.embed.weight = None
     if not pipe.last:
         module.lm_head.weight = module.lm_head.bias = None
+        module.lm_head.forward = no_logits
