@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Pending(Protocol):
-    def result(self) -> StepResult: ...
+    def result(self, timeout: float | None = None) -> StepResult: ...
 
 
 Phase = Callable[[bytes], StepResult | Pending | None]
@@ -50,7 +50,7 @@ class _Launched(Future[StepResult]):
         self._pending = pending
 
     def result(self, timeout: float | None = None) -> StepResult:
-        return self._pending.result()
+        return self._pending.result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         try:

@@ -8,7 +8,9 @@ a lane of its own; the step is sampled when both have ended.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,15 @@ class Pending:
     def __init__(self, event: torch.cuda.Event, read: Callable[[], StepResult]) -> None:
         self._event, self._read = event, read
 
-    def result(self) -> StepResult:
-        self._event.synchronize()
+    def result(self, timeout: float | None = None) -> StepResult:
+        """Raises `TimeoutError` of concurrent.futures; a group asks with a timeout, as a rank may be lost meanwhile."""
+        if timeout is None:
+            self._event.synchronize()
+        else:
+            end = time.monotonic() + timeout
+            while not self._event.query():  # type: ignore[no-untyped-call]
+                if time.monotonic() > end:
+                    raise FutureTimeout
         return self._read()
 
 

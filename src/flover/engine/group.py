@@ -23,7 +23,10 @@ class LocalExecutor(Protocol):
 
 
 class _Watched(Future[StepResult]):
-    """The future of a step that all ranks compute: it ends when this rank's does, or with the group."""
+    """The future of a step that all ranks compute: it ends when this rank's does, or with the group.
+
+    A result that came once a rank was lost means nothing: whoever waited for that rank waited no longer.
+    """
 
     def __init__(self, step: Future[StepResult], ranks: Ranks) -> None:
         super().__init__()
@@ -32,9 +35,13 @@ class _Watched(Future[StepResult]):
     def result(self, timeout: float | None = None) -> StepResult:
         while True:
             try:
-                return self._step.result(timeout=TICK)
+                result = self._step.result(timeout=TICK)
+                self._ranks.check()
+                return result
             except FutureTimeout:
                 self._ranks.check()
+            except GroupDeadError:
+                raise
             except Exception as error:  # ranks that go on without this one would wait for it
                 self._ranks.wait_for_failure(1.0)
                 self._ranks.fail(f"rank 0 failed: {type(error).__name__}: {error}")
