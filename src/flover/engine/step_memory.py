@@ -44,6 +44,7 @@ def measure_step_bytes(config: ResolvedConfig, folder: Path, hardware: Hardware)
         kv_cache_memory_bytes=None,
         enable_prefix_caching=False,
         policy="fused",
+        pipeline_parallel_size=1,
     )
     one = replace(config.model, num_layers=1)
     dtype: torch.dtype = getattr(torch, config.engine.dtype)

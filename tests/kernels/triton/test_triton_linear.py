@@ -67,7 +67,7 @@ def test_every_tiling_divides_its_shape():
 @pytest.mark.skipif(DEVICE.type != "cuda" or len(DTYPES) < 3, reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64, 128])
 def test_true_shapes(rows):
-    for n, k in ((4096, 4096), (4096, 14336)):
+    for n, k in ((4096, 4096), (4096, 14336), (6144, 4096)):
         x, weight = (torch.randn(*s, device=DEVICE, dtype=torch.bfloat16) for s in ((rows, k), (n, k)))
         want = reference(x, weight, None)
         assert (linear(x, weight, None).double() - want).norm() / want.norm() < 4e-3

@@ -107,12 +107,12 @@ def decode_options(block_d: int, wide: bool, fp8: bool, programs: int) -> dict[s
     return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": 2 if wide else 3}
 
 
-def prefill_options(block_d: int, wide: bool, fp8: bool, batch_invariant: bool) -> dict[str, int]:
+def prefill_options(block_d: int, wide: bool, batch_invariant: bool) -> dict[str, int]:
     """The same of a prefill program, and the rows of its tile."""
     large = not wide and block_d <= 128
     rows = INVARIANT_TILE if batch_invariant else PREFILL_ROWS
     common = {"BLOCK_M": rows, "BLOCK_N": 64 if large else 32, "num_warps": 4 if batch_invariant else 8}
-    if large and not fp8 and not batch_invariant:
+    if large and not batch_invariant:
         return {**common, "num_stages": 3, "maxnreg": 128}  # two programs to a multiprocessor: one computes, one loads
     return {**common, "num_stages": 1 if wide and block_d > 64 else 2}
 
@@ -212,7 +212,7 @@ def attention(
             *scalars,
             stride_table,
             PACK=pack,
-            **prefill_options(block_d, wide, fp8, batch_invariant),
+            **prefill_options(block_d, wide, batch_invariant),
             **common,
         )
     return out

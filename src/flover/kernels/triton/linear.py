@@ -26,23 +26,24 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
     """How to cut a product of few rows so that its programs just fill the GPU; None: leave it to cuBLAS.
 
     Measured on an H200 (docs/performance.md). Wide weights keep every multiprocessor busy as they are; narrow ones do
-    once the inner dimension is split; for those in between, and for an output head, cuBLAS is as fast.
+    once the inner dimension is split. For those in between cuBLAS is as fast, but what comes after it cannot begin
+    early: with 2 to 32 rows a step gains by a kernel of ours. An output head is cuBLAS's.
     """
     if rows > MAX_ROWS or out_features > MAX_FEATURES or in_features < 1024:
         return None
     tiles = out_features // 64
-    block_n, block_k = 64, 128
+    stages = 6 if rows <= 32 else 5
     if 3 * tiles >= 4 * num_sms:
-        split = 1
-        if rows > 16:
-            block_n, block_k = 128, 64
+        chosen = Tiling(64, 128, 1, stages, 4) if rows <= 16 else Tiling(128, 64, 1, stages, 4)
     elif 2 * tiles <= num_sms:
-        split = 2 if 3 * tiles >= num_sms else 4
+        chosen = Tiling(64, 128, 2 if 3 * tiles >= num_sms else 4, stages, 8 if 16 < rows <= 32 else 4)
+    elif 3 * tiles >= 2 * num_sms and 1 < rows <= 32:
+        chosen = Tiling(64, 64, 2, stages, 4) if rows <= 16 else Tiling(32, 256, 1, 4, 4)
     else:
         return None
-    if out_features % block_n or in_features % (block_k * split) or tiles * split < 0.7 * num_sms:
+    if out_features % chosen.block_n or in_features % (chosen.block_k * chosen.split_k):
         return None
-    return Tiling(block_n, block_k, split, 6 if rows <= 32 else 5, 8 if 16 < rows <= 32 and split > 1 else 4)
+    return chosen if tiles * chosen.split_k >= 0.7 * num_sms else None
 
 
 def _tiling_for(x: Tensor, weight: Tensor) -> Tiling | None:
@@ -73,7 +74,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
     chosen = None if batch_invariant else _tiling_for(x, weight)
     if x.shape[0] == 1 and chosen is not None:
         return _launch_one(x, weight, bias, name)
-    if chosen is None or chosen.split_k > 1 or weight.shape[0] % 128:
+    if chosen is None or chosen.split_k > 1 or chosen.block_n < 64 or weight.shape[0] % 128:
         out: Tensor = gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
         return out
     if chosen.block_k == 128:  # up to 16 rows: a whole tile of each fits, with fewer stages
