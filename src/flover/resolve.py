@@ -186,8 +186,10 @@ def _size_cache(
         block, blocks = length, seqs
         why["num_kv_blocks"] = ("machine", "max_num_seqs slots")
     else:
-        blocks = config.num_kv_blocks or min(budget // (block * token_bytes), seqs * -(-length // block))
-        why["num_kv_blocks"] = ("machine", f"blocks of {human(block * token_bytes)} in {human(budget)}")
+        enough = seqs * -(-length // block)
+        blocks = config.num_kv_blocks or min(budget // (block * token_bytes), enough)
+        room = f"for {seqs} requests of {length} tokens" if blocks == enough else f"in {human(budget)}"
+        why["num_kv_blocks"] = ("machine", f"blocks of {human(block * token_bytes)} {room}")
         if blocks < 1:
             raise ValueError(f"the {human(budget)} for the KV cache hold no block: {human(block * token_bytes)} would")
         if config.max_model_len is None and blocks * block < length:

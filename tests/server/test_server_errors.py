@@ -73,6 +73,9 @@ COMPLETIONS: list[tuple[str, Any]] = [
     ("suffix", "end"),
     ("truncate_prompt_tokens", 5),
     ("prompt_logprobs", 0),
+    ("prompt_embeds", "AAAA"),
+    ("return_tokens_as_token_ids", True),
+    ("add_special_tokens", False),
 ]
 CHATS: list[tuple[str, Any]] = [
     ("messages", []),
@@ -102,6 +105,9 @@ CHATS: list[tuple[str, Any]] = [
     ("chat_template", "{{ x }}"),
     ("chat_template_kwargs", {"tokenize": True}),
     ("continue_final_message", True),
+    ("echo", True),
+    ("documents", [{"text": "x"}]),
+    ("add_special_tokens", True),
 ]
 
 

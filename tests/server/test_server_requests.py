@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -185,3 +186,28 @@ def test_prefixes_are_shared_within_a_key_only(llm: AsyncLLM) -> None:
             assert await cached("b", cache_salt="mine") > 0
 
     run(llm, test, api_keys=["a", "b"])
+
+
+def test_tokens_are_made_and_unmade_off_the_loop(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, threads = llm.engine.tokenizer, set()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            threads.add(threading.current_thread())
+            return getattr(tokenizer, name)
+
+    monkeypatch.setattr(llm.engine, "tokenizer", Watched())
+
+    async def test(service: Steps, app: Any) -> None:
+        threads.clear()  # of the service's beginning
+        for path, body in (
+            ("/tokenize", {"prompt": "In the beginning", "return_token_strs": True}),
+            ("/detokenize", {"tokens": [65, 66]}),
+        ):
+            client = Client(app, path, body)
+            await client.task
+            assert client.status == 200
+
+    run(llm, test)
+    assert threads
+    assert threading.main_thread() not in threads

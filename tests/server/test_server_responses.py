@@ -14,6 +14,7 @@ from serving import Server, serve
 
 from flover import SamplingParams
 from flover.cli import main
+from flover.cluster.offline import Engine
 from flover.server.bodies import decode
 from flover.server.responses import ResponseAnswer, ResponsesRequest
 
@@ -205,3 +206,31 @@ def test_run_batch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert by_id["d"][0]["response"]["body"]["error"]["param"] == "temperature"
     assert {one["error"] is None for one in by_id["a"]} == {True, False}
     assert main(["run-batch", "-i", str(tmp_path / "none"), "-o", str(target), *options]) == 2
+
+
+def test_a_batch_does_not_replace_its_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, folder = tmp_path / "in.partial", tmp_path / "folder"
+    source.write_text("[]\n", encoding="utf-8")
+    (tmp_path / "link").symlink_to(source)
+    folder.mkdir()
+    itself = (source, tmp_path / "in", tmp_path / "link")
+    for target, said in (*((path, "is the input") for path in itself), (folder, "is not a regular file")):
+        for ray in ([], ["--ray"]):
+            assert main(["run-batch", "-i", str(source), "-o", str(target), "--device", "cpu", *ray]) == 2
+            assert said in capfd.readouterr().err
+    assert source.read_text(encoding="utf-8") == "[]\n"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_part_of_a_batch_is_split_where_its_lines_end(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    body = {"prompt": "a\u2028b\x85c", "echo": True, "max_tokens": 0}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    source.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    engine = Engine(source, {"device": "cpu", "num_threads": 1})
+    try:
+        results = engine({"begin": np.array([0]), "end": np.array([source.stat().st_size])})
+    finally:
+        engine._llm.shutdown()
+    assert results["failed"] == [False]
+    assert json.loads(results["text"][0])["response"]["body"]["choices"][0]["text"] == body["prompt"]

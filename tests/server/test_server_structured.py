@@ -86,3 +86,6 @@ def test_two_kinds_at_once(server: Server) -> None:
     body = chat(guided_regex="a", response_format={"type": "json_object"})
     error = server.http.post("/v1/chat/completions", json=body).json()["error"]
     assert (error["param"], error["message"]) == ("guided_regex", "response_format and guided_regex exclude each other")
+    for wrong in ({}, {"jsn": {}}):
+        error = server.http.post("/v1/completions", json={"prompt": "a", "structured_outputs": wrong}).json()["error"]
+        assert error["message"].count("structured_outputs") == 1

@@ -140,3 +140,9 @@ def test_origins_that_are_none(capfd: pytest.CaptureFixture[str]) -> None:
         ServerConfig(allowed_origins=["https://app.example/"])
     assert main(["serve", "--allowed-origins", "[1]"]) == 2
     assert "JSON list" in capfd.readouterr().err
+
+
+def test_settings_that_cannot_work(capfd: pytest.CaptureFixture[str]) -> None:
+    for option, value in (("--body-timeout", "0"), ("--otlp-traces-endpoint", "localhost:4318")):
+        assert main(["serve", option, value]) == 2
+        assert option[2:].replace("-", "_") in capfd.readouterr().err

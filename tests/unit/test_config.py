@@ -137,6 +137,12 @@ def test_origins_are_recorded() -> None:
     assert settings["policy"].origin == "default"
 
 
+def test_the_size_of_the_cache_has_its_reason() -> None:
+    for seqs, reason in ((1, "for 1 requests of 4096 tokens"), (None, "in 4.0 GiB")):
+        settings = {s.name: s for s in resolved(max_num_seqs=seqs).settings}
+        assert settings["num_kv_blocks"].reason.endswith(reason)
+
+
 def test_decisions_import_no_torch() -> None:
     code = (
         "import sys, flover, flover.config, flover.request, flover.metrics, flover.kv.slab, flover.kv.paged, "

@@ -40,7 +40,7 @@ class Engine:
                     part.write(file.read(end - begin))
             with open(results, "wb") as output:
                 self._loop.run_until_complete(serve_file(self._llm, lines, output))
-            texts = results.read_text(encoding="utf-8").splitlines()
+            texts = [line.decode() for line in results.read_bytes().splitlines()]  # a text's would end at U+2028 too
         return {"text": texts, "failed": [_failed(text) for text in texts]}
 
 
@@ -59,14 +59,12 @@ def run_batch_ray(
         engines: that work at a time. cpus: of each, for Ray; on a cluster with GPUs each takes its ranks' GPUs too.
 
     Raises:
-        ValueError: an input that is not there, a head that cannot be reached, more engines than there is room for.
+        ValueError: files as `partial_path` says, a head that cannot be reached, more engines than there is room for.
     """
-    if not input.is_file():
-        raise ValueError(f"there is no file {input}")
-    if not output.parent.is_dir():
-        raise ValueError(f"there is no folder {output.parent}")
     from flover.cluster.ray import check_room, connected
+    from flover.server.batch import partial_path
 
+    partial = partial_path(input, output)
     with connected(address):
         import ray
 
@@ -85,7 +83,6 @@ def run_batch_ray(
             num_cpus=cpus,
             num_gpus=gpus,
         )
-        partial = output.with_name(f"{output.name}.partial")
         counts = [0, 0]
         with open(partial, "w", encoding="utf-8") as file:
             for row in results.iter_rows():

@@ -107,18 +107,19 @@ async def tokenize(service: Service, request: Request) -> Response:
     tokenizer = service.llm.engine.tokenizer
     if tokenizer is None:
         raise invalid("the model has no tokenizer")
-    if body.messages is not None:
-        prompt = await conversation(service, body)
-        tokens = prompt["prompt_token_ids"]
-    else:
+    ids = None if body.messages is None else (await conversation(service, body))["prompt_token_ids"]
+
+    def answer() -> Response:
         try:
-            tokens = await service.llm.in_thread(tokenizer.encode, body.prompt or "", body.add_special_tokens)
+            tokens = tokenizer.encode(body.prompt or "", body.add_special_tokens) if ids is None else ids
         except ValueError as error:
             raise invalid(str(error), "prompt") from None
-    answer = {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_model_len}
-    if body.return_token_strs:
-        answer["token_strs"] = [tokenizer.decode([token], False) for token in tokens]
-    return json_response(answer)
+        value = {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_model_len}
+        if body.return_token_strs:
+            value["token_strs"] = [tokenizer.decode([token], False) for token in tokens]
+        return json_response(value)
+
+    return await service.llm.in_thread(answer)  # all of it: there may be millions of tokens
 
 
 async def detokenize(service: Service, request: Request) -> Response:
@@ -127,10 +128,14 @@ async def detokenize(service: Service, request: Request) -> Response:
     tokenizer, size = service.llm.engine.tokenizer, service.llm.engine.core.resolved.model.vocab_size
     if tokenizer is None:
         raise invalid("the model has no tokenizer")
-    for token in body.tokens:
-        if not 0 <= token < size:
-            raise invalid(f"tokens holds {token}, which is no id of the vocabulary of {size}", "tokens")
-    return json_response({"prompt": await service.llm.in_thread(tokenizer.decode, body.tokens, False)})
+
+    def answer() -> Response:
+        for token in body.tokens:
+            if not 0 <= token < size:
+                raise invalid(f"tokens holds {token}, which is no id of the vocabulary of {size}", "tokens")
+        return json_response({"prompt": tokenizer.decode(body.tokens, False)})
+
+    return await service.llm.in_thread(answer)
 
 
 async def livez(service: Service, request: Request) -> Response:

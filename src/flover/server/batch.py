@@ -27,13 +27,9 @@ CONCURRENCY = 512  # requests at a time; more would only wait for a row
 
 
 def run_batch(input: Path, output: Path, engine: Mapping[str, Any]) -> tuple[int, int]:
-    """-> requests served, requests that failed. ValueError: an input that is not there, or settings that are wrong."""
-    if not input.is_file():
-        raise ValueError(f"there is no file {input}")
-    if not output.parent.is_dir():
-        raise ValueError(f"there is no folder {output.parent}")
+    """-> requests served, requests that failed. ValueError: wrong settings, and what `partial_path` says."""
+    partial = partial_path(input, output)
     llm = AsyncLLM(**engine)
-    partial = output.with_name(f"{output.name}.partial")
     try:
         with open(partial, "wb") as file:
             counts = asyncio.run(serve_file(llm, input, file))
@@ -43,6 +39,25 @@ def run_batch(input: Path, output: Path, engine: Mapping[str, Any]) -> tuple[int
         return counts
     finally:
         llm.shutdown()
+
+
+def partial_path(input: Path, output: Path) -> Path:
+    """Where the results are written until all are there.
+
+    Raises:
+        ValueError: an input that is not there, an output that has no place, is no file, or is the input.
+    """
+    if not input.is_file():
+        raise ValueError(f"there is no file {input}")
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent}")
+    partial = output.with_name(f"{output.name}.partial")
+    for path in (output, partial):  # one takes the other's place: neither may be a folder, a device, or the requests
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file")
+        if path.exists() and path.samefile(input):
+            raise ValueError(f"{path} is the input, which the results would replace: give another --output-file")
+    return partial
 
 
 async def serve_file(llm: AsyncLLM, input: Path, file: BinaryIO) -> tuple[int, int]:

@@ -32,6 +32,8 @@ NOT_YET: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for noth
     "continue_final_message": (None, False),
     "truncate_prompt_tokens": (None,),
     "prompt_logprobs": (None,),
+    "prompt_embeds": NOTHING,
+    "return_tokens_as_token_ids": (None, False),
 }
 logger = logging.getLogger("flover")
 T = TypeVar("T")

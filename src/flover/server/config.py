@@ -76,13 +76,16 @@ class ServerConfig:
             raise ValueError(f"metrics_compat must be flover or vllm, got {self.metrics_compat!r}")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts must be at least 0, got {self.max_restarts}")
-        for name in ("body_timeout", "drain_timeout", "engine_iteration_timeout"):
+        for name in ("drain_timeout", "engine_iteration_timeout"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ValueError(f"{name} must be a number of seconds, got {getattr(self, name)}")
-        for name in ("queue_timeout", "request_timeout"):
+        for name in ("body_timeout", "queue_timeout", "request_timeout"):
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < 1e9:
                 raise ValueError(f"{name} must be a number of seconds above 0, got {seconds}")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint must be such as http://host:4318/v1/traces, got {show(endpoint)}")
         for origin in self.allowed_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(f"allowed_origins must be such as https://app.example or *, got {show(origin)}")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from flover.sampling_params import SamplingParams
-from flover.server.bodies import Body
+from flover.server.bodies import NOT_YET, NOTHING, Body
 from flover.server.errors import ApiError, from_value_error, invalid
 from flover.server.tools import call_format, check_tools
 from flover.show import show
@@ -104,7 +104,8 @@ class GenerationRequest(Body):
             try:
                 return StructuredOutputsParams.of(value)
             except ValueError as error:
-                raise invalid(f"{name}: {error}", name) from None
+                text = str(error)
+                raise invalid(text if text.startswith(name) else f"{name}: {text}", name) from None
         return None
 
     def sampling_params(self, base: SamplingParams) -> SamplingParams:
@@ -152,7 +153,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = None
     return_token_ids: bool | None = None
 
-    subject = "prompt"
+    subject, refused = "prompt", NOT_YET | {"add_special_tokens": (None, True)}
 
     def check(self) -> None:
         super().check()
@@ -189,6 +190,7 @@ class ChatCompletionRequest(GenerationRequest):
     return_token_ids: bool | None = None
 
     subject, limit = "messages", "max_completion_tokens"
+    refused = NOT_YET | {"add_special_tokens": (None, False), "documents": NOTHING, "echo": (None, False)}
 
     def check(self) -> None:
         super().check()
