@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import mmap
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,13 @@ UNIT = 4096
 GARBAGE = 0x5A
 
 
+class Contexts(threading.local):
+    """Of each thread; only that of the owner has one."""
+
+    def __init__(self, owner: threading.Thread) -> None:
+        self.stack = ["the device's"] if threading.current_thread() is owner else []
+
+
 class Driver:
     """CUDA's rules on host memory: mappings are whole, aligned, disjoint and useless before access is set."""
 
@@ -33,6 +41,7 @@ class Driver:
         self.accessible: set[int] = set()
         self.backing: dict[int, int] = {}  # bytes of handles that are held or mapped
         self.fail_at: str | None = None
+        self.contexts = Contexts(threading.current_thread())
         one = SimpleNamespace
         self.CUmemLocationType = one(CU_MEM_LOCATION_TYPE_DEVICE=1)
         self.CUmemAllocationType = one(CU_MEM_ALLOCATION_TYPE_PINNED=1)
@@ -42,7 +51,7 @@ class Driver:
         self.CUmemAccessDesc = lambda: one(location=one())
 
     def cuGetErrorString(self, status: int) -> tuple[int, bytes]:  # noqa: N802
-        return 0, {2: b"out of memory", 1: b"invalid argument"}[status]
+        return 0, {2: b"out of memory", 1: b"invalid argument", 201: b"invalid device context"}[status]
 
     def cuMemGetAllocationGranularity(self, properties: Any, _: int) -> tuple[int, int]:  # noqa: N802
         assert properties.location.id == 0
@@ -113,8 +122,18 @@ class Driver:
         del self.reserved[address]
         return (0,)
 
-    def cuCtxSynchronize(self) -> tuple[int]:  # noqa: N802
+    def cuCtxGetCurrent(self) -> tuple[int, str]:  # noqa: N802
+        return 0, self.contexts.stack[-1]
+
+    def cuCtxPushCurrent(self, context: str) -> tuple[int]:  # noqa: N802
+        self.contexts.stack.append(context)
         return (0,)
+
+    def cuCtxPopCurrent(self) -> tuple[int, str]:  # noqa: N802
+        return 0, self.contexts.stack.pop()
+
+    def cuCtxSynchronize(self) -> tuple[int]:  # noqa: N802
+        return (0 if self.contexts.stack else 201,)
 
     def check(self, memory: VirtualRange) -> None:
         """Mapped and accessible is what the range says, no more."""
@@ -152,6 +171,17 @@ def test_mapped_is_what_was_asked_for(size: int, keep: float, targets: list[int]
         driver.check(memory)
     assert memory.address == address
     del memory
+    assert empty(driver)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_thread_without_a_context_may_be_the_last_to_know_it() -> None:
+    driver = Driver()
+    last = [VirtualRange(100 * UNIT, UNIT, driver)]
+    last[0].resize(20 * UNIT)
+    dropping = threading.Thread(target=last.clear)
+    dropping.start()
+    dropping.join()
     assert empty(driver)
 
 

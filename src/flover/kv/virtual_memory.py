@@ -29,8 +29,9 @@ def load_driver() -> Any:
 class VirtualRange:
     """Bytes on a GPU whose address never changes; freed when nothing refers to the object any more.
 
-    The device's context must be current in the calling thread. `torch.as_tensor(self, device="cuda")` is a uint8 tensor
-    over all of it, which keeps it alive; only what is mapped may be touched. New memory has undefined contents.
+    The device's context must be current in the thread that makes it, not in the one that drops it.
+    `torch.as_tensor(self, device="cuda")` is a uint8 tensor over all of it, which keeps it alive; only what is mapped may
+    be touched. New memory has undefined contents.
 
     Args:
         num_bytes: of the range. keep: the bytes from here on always stay mapped.
@@ -54,7 +55,8 @@ class VirtualRange:
         self.tail = min(keep, num_bytes) // unit * unit
         self.address = int(call(driver, "cuMemAddressReserve", self.size, 0, 0, 0))
         self._mapped = [0, self.size]  # where the head ends, where the tail begins; the finaliser's, so not attributes
-        free = weakref.finalize(self, _free, driver, self.address, self.size, self._mapped)
+        context = call(driver, "cuCtxGetCurrent")
+        free = weakref.finalize(self, _free, driver, context, self.address, self.size, self._mapped)
         free.atexit = False  # the end of the process frees everything, and CUDA may be gone by then
         self._map(self.tail, self.size)
         self._mapped[1] = self.tail
@@ -104,14 +106,18 @@ class VirtualRange:
             raise
 
 
-def _free(driver: Any, address: int, size: int, mapped: list[int]) -> None:
-    """The memory of a range, then its address."""
+def _free(driver: Any, context: Any, address: int, size: int, mapped: list[int]) -> None:
+    """The memory of a range, then its address; on whichever thread collects the garbage."""
     head, tail = mapped
-    call(driver, "cuCtxSynchronize")  # kernels may still run
-    for start, end in ((0, head), (tail, size)):
-        if start < end:
-            call(driver, "cuMemUnmap", address + start, end - start)
-    call(driver, "cuMemAddressFree", address, size)
+    call(driver, "cuCtxPushCurrent", context)
+    try:
+        call(driver, "cuCtxSynchronize")  # kernels may still run
+        for start, end in ((0, head), (tail, size)):
+            if start < end:
+                call(driver, "cuMemUnmap", address + start, end - start)
+        call(driver, "cuMemAddressFree", address, size)
+    finally:
+        call(driver, "cuCtxPopCurrent")
 
 
 def call(driver: Any, name: str, *arguments: Any) -> Any:
