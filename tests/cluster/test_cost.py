@@ -65,7 +65,7 @@ def test_ranks_divide_the_work_and_add_the_links(folder: Path) -> None:
     one, two, eight = (cost(folder, n) for n in (1, 2, 8))
     assert one.decode(32, 1000) > two.decode(32, 1000) > one.decode(32, 1000) / 2
     assert eight.decode(1, 100) > two.decode(1, 100) * 0.6  # links and launches do not shrink
-    assert two.all_reduce(0) == 6e-6
+    assert two.all_reduce(0) == 2.1e-6
     assert two.all_reduce(1 << 30) == pytest.approx((1 << 30) / 360e9, rel=0.01)
     assert eight.all_reduce(1 << 30) == pytest.approx(2 * 7 / 8 * (1 << 30) / 360e9, rel=0.01)
     assert cost(folder, 8).memory().kv_token == 131_072 / 8

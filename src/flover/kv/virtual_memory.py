@@ -30,8 +30,8 @@ class VirtualRange:
     """Bytes on a GPU whose address never changes; freed when nothing refers to the object any more.
 
     The device's context must be current in the thread that makes it, not in the one that drops it.
-    `torch.as_tensor(self, device="cuda")` is a uint8 tensor over all of it, which keeps it alive; only what is mapped may
-    be touched. New memory has undefined contents.
+    `torch.as_tensor(self, device="cuda")` is a uint8 tensor over all of it, which keeps it alive; only what is mapped
+    may be touched. New memory has undefined contents.
 
     Args:
         num_bytes: of the range. keep: the bytes from here on always stay mapped.
