@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         "measured_TB_per_s": round(limits.bandwidth / 1e12, 3),
         "measured_TFLOP_per_s": round(limits.flops / 1e12, 1),
+        "sustained_TFLOP_per_s": round(limits.sustained / 1e12, 1),
         "model": args.model,
     }
     print(json.dumps(result, indent=1))

@@ -82,9 +82,9 @@ class Device:
         return self.flops[dtype]
 
 
-# Small all-reduces: on two H200s 2.1 us in one shot (benchmarks/results/gpu_tp.json), on two A100s 10 us and 4 us for each
-# further one (NVIDIA/nccl-tests issue 123); 2 us a further H200 and all of InfiniBand's latency are assumed. NDR is 400
-# Gb/s a GPU, HDR 200.
+# Small all-reduces: on two H200s 2.1 us in one shot (benchmarks/results/gpu_tp.json), on two A100s 10 us and 4 us for
+# each further one (NVIDIA/nccl-tests issue 123); 2 us a further H200 and all of InfiniBand's latency are assumed. A GPU
+# has 400 Gb/s of NDR, 200 of HDR.
 _NVLINK4, _NVLINK3 = Link(2.1e-6, 2e-6, 450e9), Link(10e-6, 4e-6, 300e9)
 _NDR, _HDR = Link(20e-6, 2e-6, 50e9), Link(20e-6, 2e-6, 25e9)
 _HOPPER = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "fp8": 1979e12, "int8": 1979e12}

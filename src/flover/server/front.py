@@ -169,7 +169,7 @@ async def _until_told(service: Service, told: asyncio.Queue[Any]) -> None:
         await asyncio.wait({again, drained}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         again.cancel()
     if service.load.live:
-        logger.warning("%d requests are aborted", len(service.load.live))
+        logger.warning("requests aborted: %d", len(service.load.live))
         await service.abort_all()
         await asyncio.wait({drained}, timeout=LINGER)
         if service.load.live:  # the engine hangs: only its end tells the streams
