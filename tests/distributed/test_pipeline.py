@@ -29,8 +29,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda name: made(name).folder
 
 
-def requests() -> list[Request]:
-    """Several lengths, greedy, random and with filters and a penalty; one scores its prompt."""
+def requests(limit: int) -> list[Request]:
+    """Several lengths up to a limit, greedy, random and with filters and a penalty; one scores its prompt."""
     kinds = [
         {"temperature": 0.0},
         {"temperature": 0.8},
@@ -39,7 +39,7 @@ def requests() -> list[Request]:
     made = []
     for i, length in enumerate((3, 17, 5, 9, 1)):
         sampling = RowSampling(seed=i, **kinds[i % 3])
-        prompt = [(7 * i + 3 * j) % 90 for j in range(length)]
+        prompt = [(7 * i + 3 * j) % 90 for j in range(min(length, limit))]
         logprobs: Any = [] if sampling.logprobs >= 0 else None
         made.append(Request(str(i), prompt, sampling, 6, prompt_logprobs=1 if i == 1 else -1, logprobs=logprobs))
     return made
@@ -48,7 +48,7 @@ def requests() -> list[Request]:
 def served(model: Path | str, **options: Any) -> tuple[list[list[int]], Any]:
     settings: dict[str, Any] = {"dtype": "float64", "device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 12}
     core = EngineCore(EngineConfig(model=str(model), **settings | options))
-    made = requests()
+    made = requests(core.resolved.scheduler.max_model_len - 6)
     for request in made:
         core.add(request)
     while core.has_unfinished():

@@ -164,5 +164,6 @@ def arguments(model: str | None, server: Mapping[str, Any], engine: Mapping[str,
             if value or name in engine:
                 words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", str(value)]
+            for one in value if isinstance(value, list | tuple) else (value,):
+                words += [f"--{flag}", str(one)]
     return words

@@ -94,17 +94,16 @@ class Replica:
         local_ranks: int = 1,
     ) -> None:
         self.drain, self.app = drain, app
+        self._leaving, self._ranks = threading.Event(), list[Any]()
         self._key = environment.get("FLOVER_API_KEY", "").partition(",")[0]
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         host = ray.util.get_node_ip_address()
         command = ["serve", *arguments, "--host", host, "--port", "0"]
-        self._ranks: list[Any] = []
         if ranks > 1:
             environment = {**environment, **self._start_ranks(command, environment, ranks, local_ranks, host)}
         self.server = Server(command, environment)
         self.url = self.server.url()
         self.load: dict[str, float] = {}
-        self._leaving = threading.Event()
         self._beat()
         threading.Thread(target=self._beats, daemon=True).start()
 
@@ -157,7 +156,8 @@ class Replica:
         self._leaving.set()
         with contextlib.suppress(Exception):  # this process may be ending
             ray.get(registry(self.app).leave.remote(self.replica_id), timeout=5)
-        self.server.stop(self.drain + DRAIN_MARGIN)
+        if hasattr(self, "server"):  # else it never came up
+            self.server.stop(self.drain + DRAIN_MARGIN)
 
 
 def _free_port(host: str) -> int:
