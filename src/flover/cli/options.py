@@ -41,7 +41,7 @@ SPELLINGS = {
     "range_ratio": ("--random-range-ratio",),
 }
 HELP = {
-    "n": "choices per prompt",
+    "n": "choices per prompt; -n is --max-tokens",
     "temperature": "0 is greedy",
     "top_k": "keep the k best tokens; 0 is all",
     "top_p": "keep the best tokens up to this probability",
@@ -50,7 +50,7 @@ HELP = {
     "bad_words": "may not be generated; may be repeated",
     "allowed_token_ids": "only these ids; may be repeated",
     "min_tokens": "no end before that many tokens",
-    "max_tokens": "output limit in tokens (default: 128, in a chat the context)",
+    "max_tokens": "output limit in tokens (default: 128, in a chat the context); --n is choices",
     "stop": "a string that ends the text; may be repeated",
     "stop_token_ids": "ids that end the text; may be repeated",
     "ignore_eos": "go on after the end-of-sequence token",
