@@ -246,6 +246,14 @@ def test_prompts_of_a_file(tmp_path: Path, backend: str, capsys: pytest.CaptureF
     assert "the server had 43% of the prompt tokens in its prefix cache" in capsys.readouterr().err
 
 
+def test_token_ids_of_a_trace_are_sent(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text('{"arrival": 0, "prompt_token_ids": [5, 99999], "num_output": 1}\n')
+    with serving() as (stub, url):
+        assert main(f"bench serve --base-url {url} --dataset-path {file}".split()) == 0
+    assert stub.bodies[-1]["prompt"] == [5, 99999]
+
+
 def test_output_tokens_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "custom.jsonl"
     file.write_text('{"prompt": "Who?", "output_tokens": 2}\n{"prompt": "Where?"}\n')

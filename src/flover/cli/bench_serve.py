@@ -110,6 +110,8 @@ def run_serve_bench(bench: ServeBench, load: Load, path: Path | None) -> int:
     endpoint, limit = _endpoint(bench)
     tokenizer = _tokenizer(bench.tokenizer)
     source = make_source(load, VOCAB_SIZE, limit)
+    given = (max(line.prompt) + 1 for line in source.trace or () if line.prompt)  # ids that the server must have
+    source = replace(source, vocab_size=max([VOCAB_SIZE, *given]))
     jobs = source.jobs(bench.seed)
     prompts = _prompts(bench, endpoint, tokenizer, jobs)
     print(f"workload: {source.text}, seed {bench.seed}\nserver: {endpoint.url}, model {endpoint.model}", flush=True)
