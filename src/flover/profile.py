@@ -19,6 +19,7 @@ import torch
 import flover
 from flover.anatomy import STAGING, Anatomy, Event, Work, anatomy, exclusive
 from flover.bound import Bound, runner_of
+from flover.config import SchedulerConfig
 from flover.engine.engine import EngineCore
 from flover.engine.runner import ModelRunner
 from flover.request import FinishReason, Request, RowSampling
@@ -65,7 +66,7 @@ def profile_decode(core: EngineCore, bound: Bound, batch: int, context: int, ste
     Raises:
         ValueError: so many rows of that length never decode together here.
     """
-    with decoding(core, batch, context, WARM_STEPS + 2 * steps + 4) as requests:
+    with decoding(core, batch, context, decode_steps(steps)) as requests:
         _steady(core, batch, WARM_STEPS)
         before = sum(len(r.token_ids) for r in requests)
         with HostClock(core) as clock:
@@ -84,6 +85,11 @@ def profile_decode(core: EngineCore, bound: Bound, batch: int, context: int, ste
         clock.per_step(steps, seconds),
         anatomy(events, starts, steps, bound.work(batch), work),
     )
+
+
+def decode_steps(steps: int) -> int:
+    """All those that `profile_decode` makes to profile so many."""
+    return WARM_STEPS + 2 * steps + 4
 
 
 def profile_prefill(core: EngineCore, bound: Bound, length: int, repeats: int = 3) -> Profile:
@@ -120,6 +126,20 @@ def random_request(core: EngineCore, rng: random.Random, name: str, length: int,
     return Request(name, ids, RowSampling(seed=0, temperature=0.0), outputs)
 
 
+def num_outputs(config: SchedulerConfig, batch: int, context: int, steps: int) -> int:
+    """Tokens of each row for `steps` steps together: the first waits while the others are prefilled.
+
+    Raises:
+        ValueError: such a batch, or rows so long, are over a limit.
+    """
+    if batch > config.max_num_seqs:
+        raise ValueError(f"a batch of {batch} needs max_num_seqs={batch}, it is {config.max_num_seqs}")
+    steps += 2 * -(-batch * context // max(config.max_num_batched_tokens - batch, 16)) + 2
+    if context + steps > config.max_model_len:
+        raise ValueError(f"a context of {context} and {steps} steps do not fit max_model_len={config.max_model_len}")
+    return steps
+
+
 @contextmanager
 def decoding(core: EngineCore, batch: int, context: int, steps: int) -> Iterator[list[Request]]:
     """A batch whose every row decodes, for at least `steps` more steps; withdrawn at the end.
@@ -127,16 +147,9 @@ def decoding(core: EngineCore, batch: int, context: int, steps: int) -> Iterator
     Raises:
         ValueError: it never does.
     """
-    config = core.resolved.scheduler
-    if batch > config.max_num_seqs:
-        raise ValueError(f"a batch of {batch} needs max_num_seqs={batch}, it is {config.max_num_seqs}")
-    prefill = 2 * -(-batch * context // max(config.max_num_batched_tokens - batch, 16)) + 2  # steps: the first wait
-    if context + prefill + steps > config.max_model_len:
-        raise ValueError(
-            f"a context of {context} and {prefill + steps} steps do not fit max_model_len={config.max_model_len}"
-        )
+    outputs = num_outputs(core.resolved.scheduler, batch, context, steps)
     rng = random.Random()
-    requests = [random_request(core, rng, f"profile-{i}", context, prefill + steps) for i in range(batch)]
+    requests = [random_request(core, rng, f"profile-{i}", context, outputs) for i in range(batch)]
     try:
         for request in requests:
             core.add(request)

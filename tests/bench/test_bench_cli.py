@@ -176,7 +176,11 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
         (["throughput", "--dataset-name", "sharegtp"], "did you mean 'sharegpt'?"),
         (["throughput", "--dataset-name", "trace"], "needs --dataset-path"),
         (["throughput", "--dataset-path", "/none.jsonl"], "/none.jsonl: No such file"),
-        (["throughput", "--dataset-name", "chat", "--dataset-path", "x"], "goes with --dataset-name trace, got chat"),
+        (
+            ["throughput", "--dataset-name", "chat", "--dataset-path", "x"],
+            "--dataset-name trace or custom, got chat",
+        ),
+        (["throughput", "--dataset-name", "custom", "--dataset-path", "x"], "a trace of prompt_token_ids works"),
         (["throughput", "--num-prompts", "0"], "--num-prompts must be at least 1"),
         (["throughput", "--num-repeats", "0"], "--num-repeats must be at least 1"),
         (["throughput", "--input-len", "0"], "--input-len must be at least 1"),

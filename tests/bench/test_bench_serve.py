@@ -17,6 +17,8 @@ from flover.bench.client import Endpoint, drive, events
 from flover.bench.records import Job, Record, Run
 from flover.bench.results import measure
 from flover.cli import main
+from flover.cli.bench import Load
+from flover.cli.bench_load import make_source
 
 SLACK = 0.3  # seconds that a busy machine may add to any time; every mistake looked for is larger
 FIRST, GAP = 0.4, 0.15
@@ -31,6 +33,8 @@ class Stub:
         self.now = self.most = 0
         self.refuse_over = 1000
         self.cut = False
+        self.absent = 0  # times that it is not ready
+        self.cached = 0
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -41,6 +45,9 @@ class Stub:
         return app
 
     async def models(self, request: web.Request) -> web.Response:
+        if self.absent:
+            self.absent -= 1
+            return web.Response(status=503)
         return web.json_response({"data": [{"id": "org/stub", "max_model_len": 64}]})
 
     async def detokenize(self, request: web.Request) -> web.Response:
@@ -73,7 +80,10 @@ class Stub:
                 choice["finish_reason"] = "length"
             await self.send(response, {"choices": [choice]})
         if not self.cut:
-            await self.send(response, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": count}})
+            usage = {"prompt_tokens": 7, "completion_tokens": count}
+            await self.send(
+                response, {"choices": [], "usage": {**usage, "prompt_tokens_details": {"cached_tokens": self.cached}}}
+            )
             await response.write(b": a comment\n\ndata: [DONE]\n\n")
         return response
 
@@ -221,6 +231,58 @@ def test_the_command_prints_vllms_block_and_keeps_it(tmp_path: Path, capsys: pyt
     assert kept["p90_ttft_ms"] >= kept["median_ttft_ms"] >= FIRST * 1e3 - 20
 
 
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_prompts_of_a_file(tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "custom.jsonl"
+    file.write_text('{"prompt": "Who?", "output_tokens": 2}\n\n{"prompt": "Where?"}\n{"prompt": "When?"}\n')
+    asked = f"--backend {backend} --dataset-name custom --dataset-path {file} --num-prompts 2 --num-warmups 3"
+    more = ["--extra-body", '{"top_k": 5, "max_tokens": 1}', "--max-concurrency", "1"]
+    with serving() as (stub, url):
+        stub.cached = 3
+        assert main(["bench", "serve", "--base-url", url, *asked.split(), *more]) == 0
+        said = [body["prompt"] if backend == "openai" else body["messages"][0]["content"] for body in stub.bodies]
+    assert said == [*["Hello"] * 3, "Who?", "Where?"]
+    assert {(body["top_k"], body["max_tokens"]) for body in stub.bodies} == {(5, 1)}
+    assert "the server had 43% of the prompt tokens in its prefix cache" in capsys.readouterr().err
+
+
+def test_token_ids_of_a_trace_are_sent(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text('{"arrival": 0, "prompt_token_ids": [5, 99999], "num_output": 1}\n')
+    with serving() as (stub, url):
+        assert main(f"bench serve --base-url {url} --dataset-path {file}".split()) == 0
+    assert stub.bodies[-1]["prompt"] == [5, 99999]
+
+
+def test_output_tokens_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "custom.jsonl"
+    file.write_text('{"prompt": "Who?", "output_tokens": 2}\n{"prompt": "Where?"}\n')
+    for given, wanted in ((None, [2, 256]), (-1, [2, 256]), (7, [7, 7])):
+        load = Load(dataset_name="custom", dataset_path=str(file), custom_output_len=given)
+        assert [job.num_output for job in make_source(load, 10, 64).jobs(0)] == wanted
+
+
+def test_a_server_may_be_late_and_vllms_lists_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "--num-prompts 3 --random-input-len 4 --random-output-len 2 --ready-check-timeout-sec 30"
+    ramp = "--ramp-up-strategy exponential --ramp-up-start-rps 20 --ramp-up-end-rps 40"
+    with serving() as (stub, url):
+        stub.absent = 1
+        save = f"--save-result --save-detailed --result-dir {tmp_path}"
+        assert main(f"bench serve --base-url {url} {flags} {ramp} {save}".split()) == 0
+        assert (stub.absent, len(stub.bodies)) == (0, 4)
+        stub.absent = 1
+        assert main(f"bench serve --base-url {url}".split()) == 2
+        monkeypatch.setattr("flover.bench.client.time.sleep", None)  # it is there and has no such path: no waiting
+        assert main(f"bench serve --base-url {url}/nothing --ready-check-timeout-sec 30".split()) == 2
+    (file,) = tmp_path.iterdir()
+    assert "-ramp-up-exponential-20qps-40qps-stub-" in file.name
+    kept = json.loads(file.read_text())
+    assert (kept["input_lens"], kept["output_lens"], kept["errors"]) == ([7] * 3, [2] * 3, [""] * 3)
+    assert [len(gaps) for gaps in kept["itls"]] == [1] * 3
+    assert sum(kept["ttfts"]) / 3 == pytest.approx(kept["mean_ttft_ms"] / 1e3)
+    assert kept["start_times"] == sorted(kept["start_times"])
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -231,6 +293,15 @@ def test_the_command_prints_vllms_block_and_keeps_it(tmp_path: Path, capsys: pyt
         ("ttft:5", "unexpected argument 'ttft:5'"),
         ("--endpoint /v1/nothing --random-input-len 4 --random-output-len 2", "failed: HTTP Error 404"),
         ("--base-url localhost:8000", "--base-url must be such as"),
+        ("--extra-body [1]", "--extra-body must be a JSON object, got '[1]'"),
+        ("--dataset-name hf --dataset-path org/set", "--dataset-name hf is not here: --dataset-name custom sends"),
+        ("--dataset-name custom", 'custom needs --dataset-path, a JSON lines file of {"prompt": "Who was Moses?",'),
+        ("--dataset-name custom --dataset-path /none", "/none: No such file"),
+        ("--dataset-name custom --dataset-path x --custom-output-len 0", "--custom-output-len must be at least 1"),
+        ("--dataset-name sharegpt --dataset-path x", "goes with --dataset-name trace or custom, got sharegpt"),
+        ("--ramp-up-start-rps 5", "need --ramp-up-strategy"),
+        ("--ramp-up-strategy linear --ramp-up-end-rps 5", "needs --ramp-up-start-rps and --ramp-up-end-rps"),
+        ("--ramp-up-strategy linear --request-rate 5", "--ramp-up-strategy excludes --request-rate"),
     ],
 )
 def test_mistakes_are_one_line(flags: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flover.bench.traces import WORKLOADS, named, read_trace, trace_jobs
+from flover.bench.traces import WORKLOADS, named, read_custom, read_trace, trace_jobs
 from flover.bench.workload import (
     At,
     Exponential,
@@ -22,6 +22,7 @@ from flover.bench.workload import (
     Lognormal,
     Normal,
     Percentiles,
+    Ramp,
     Replay,
     Uniform,
     Zipf,
@@ -60,6 +61,19 @@ def test_gamma_gaps(rate: float, burstiness: float) -> None:
     assert skewness == pytest.approx(2 * burstiness**-0.5, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "rate"), [("linear", lambda share: 1 + 99 * share), ("exponential", lambda share: 100**share)]
+)
+def test_the_rate_ramps_up(strategy: str, rate: Any) -> None:
+    times = np.array([Ramp(1.0, 100.0, strategy, 4.0).draw(1001, rng(seed)) for seed in range(100)])
+    assert not times[:, 0].any()
+    gaps = np.diff(times, axis=1)
+    wanted = np.array([1 / rate(i / 1000) for i in range(1, 1001)])
+    assert gaps.reshape(100, 10, 100).mean((0, 2)) == pytest.approx(wanted.reshape(10, 100).mean(1), rel=0.05)
+    assert (gaps / wanted).std() == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(burstiness)
+    assert Ramp(1.0, 100.0, strategy).draw(1, rng()).tolist() == [0.0]
+
+
 def test_poisson_is_gamma_of_burstiness_one() -> None:
     assert poisson(3.0).draw(50, rng()).tolist() == Gamma(3.0, 1.0).draw(50, rng()).tolist()
     gaps = np.diff(poisson(2.0).draw(MANY, rng()))
@@ -89,6 +103,8 @@ def test_replayed_arrivals_begin_at_zero() -> None:
         (lambda: Gamma(0.0), "request rate must be over 0"),
         (lambda: Gamma(math.nan), "request rate must be over 0"),
         (lambda: Gamma(1.0, 0.0), "burstiness must be over 0"),
+        (lambda: Ramp(0.0, 1.0), "rates of a ramp-up must be over 0 requests/s, got"),
+        (lambda: Ramp(1.0, 2.0, "cubic"), "the ramp-up strategy must be linear or exponential, got cubic"),
         (lambda: Interval(-1.0), "interval must be at least 0"),
         (lambda: Uniform(5, 4), "lo <= hi, got"),
         (lambda: fixed(0), "1 <= lo"),
@@ -241,6 +257,13 @@ def test_bad_trace_lines(tmp_path: Path, line: Any, message: str) -> None:
         read_trace(path)
     assert str(error.value).startswith(f"{path}:2: ")
     assert str(error.value).endswith('a line is {"arrival": 0.5, "num_prompt": 128, "num_output": 32}')
+
+
+@pytest.mark.parametrize("line", [5, {}, {"prompt": ""}, {"prompt": [1]}, {"prompt": "a", "output_tokens": 0}])
+def test_bad_custom_lines(tmp_path: Path, line: Any) -> None:
+    with pytest.raises(ValueError, match=r"^[^ ]*:2: .* got .*; a line is .\"prompt\": ") as error:
+        read_custom(trace(tmp_path, {"prompt": "a"}, line))
+    assert "\n" not in str(error.value)
 
 
 def test_no_trace(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,5 @@ def test_plan_prints_what_fits(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "too much" in said.out
     assert main(["plan", str(folder), "--replicas", "2"]) == 2
     assert "needs --hardware" in capsys.readouterr().err
+    assert main(["plan", "--hardware", "h200"]) == 0
+    assert re.search(r"TTFT, ms( +0\.\d*[1-9]\d*)+ *\n", capsys.readouterr().out), "of a small model, too, not 0"

@@ -265,6 +265,10 @@ def test_version_and_help(capfd: pytest.CaptureFixture[str]) -> None:
     for args in ([], ["--help"], ["generate", "--help"], ["plan", "--help"]):
         assert main(args) == 0
         assert "Usage:" in capfd.readouterr().out
+    main(["generate", "--help"])
+    words = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert "--n <int> choices per prompt; -n is --max-tokens" in words
+    assert "--max-tokens -n <int> output limit in tokens" in words
 
 
 def test_help_and_version_import_no_torch() -> None:

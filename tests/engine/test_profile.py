@@ -153,13 +153,17 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--steps", "0"], "--steps must be at least 1"),
         (["--output", "nowhere/at/all.json"], "folder nowhere/at does not exist"),
         (["--batch", "9"], "needs max_num_seqs=9"),
+        (["--batch", "1", "--context", "99999"], "a context of 99999 and"),
+        (["--batch", "1", "--prefill", "128"], "--prefill must be below max_model_len=128"),
     ],
 )
-@pytest.mark.usefixtures("quick")
-def test_command_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command_mistakes(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flover.cli.profile.measured_limits", None)  # mistakes show before it is called
     assert main(["profile", *SMALL, *arguments]) == 2
-    err = capfd.readouterr().err
-    assert message in err
+    out, err = capfd.readouterr()
+    assert (out, message in err) == ("", True)
     assert err.count("\n") == 1
 
 

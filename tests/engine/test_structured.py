@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -189,6 +191,17 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(llm: LLM, kind: str, val
         one(llm, params(kind, value))
     assert "\n" not in str(error.value)
     assert one(llm, params("choice", ["yes"])).text == "yes"
+
+
+def test_the_compiler_has_one_second_of_cpu_time(llm: LLM) -> None:
+    left = "lambda *_: str(signal.getitimer(signal.ITIMER_PROF)[0])"
+    code = f"import signal; from flover.engine import grammar_check as g; g._verdict = {left}; g.main()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        for message in ([str(llm.engine.folder), 2560, [0]], "first", "second"):
+            grammar_check._send(child.stdin, message)
+        assert all(0.9 < float(grammar_check._receive(child.stdout)) < 1.1 for _ in range(2))
+        assert child.stdin is not None
+        child.stdin.close()
 
 
 HOSTILE = ["foo**", "(a+)+$", "(a|a)*b", "a{1000000}", "(a{1000}){1000}", ".*a.{20}", "[ab]*a[ab]{30}"]

@@ -14,11 +14,12 @@ from serving import Server, chat, serve
 from flover import LLM, SamplingParams
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+NAMES = [word for name in ("m", "other", "m") for word in ("--served-model-name", name)]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serve("--served-model-name", "m", "--served-model-name", "other", "--dtype", "float64") as server:
+    with serve(*NAMES, "--dtype", "float64") as server:
         yield server
         server.check_conservation()
 

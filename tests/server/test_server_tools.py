@@ -36,12 +36,14 @@ def ask(client: openai.OpenAI, **more: Any) -> Any:
     return client.chat.completions.create(model="kjv-llama", messages=MESSAGES, **more)
 
 
-def joined(stream: Any) -> tuple[str, dict[int, list[str]], set[str | None], int]:
+def joined(stream: Any) -> tuple[str | None, dict[int, list[str]], set[str | None], int]:
     """-> content, calls by index as [id, name, arguments], finish reasons, and how many chunks held arguments."""
-    content, calls, reasons, pieces = "", {}, set(), 0
+    content: str | None = None
+    calls, reasons, pieces = {}, set(), 0
     for chunk in stream:
         for choice in chunk.choices:
-            content += choice.delta.content or ""
+            if choice.delta.content is not None:
+                content = (content or "") + choice.delta.content
             for call in choice.delta.tool_calls or ():
                 pieces += bool(call.function.arguments)
                 if call.id:
@@ -61,7 +63,7 @@ def test_a_named_function_and_its_stream(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
     assert (whole.message.content, whole.finish_reason) == (None, "stop")
     content, calls, reasons, pieces = joined(ask(client, tool_choice=NAMED, seed=5, stream=True))
-    assert (content, reasons) == ("", {"stop"})
+    assert (content, reasons) == (None, {"stop"})
     assert [one[1:] for one in calls.values()] == [["get_weather", call.function.arguments]]
     assert pieces > 1
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import time
+import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -23,6 +24,7 @@ from flover.bench.records import Job, Record
 
 PATHS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 KEEP_ALIVE = 4.0  # seconds; uvicorn closes an idle connection after five
+POLL = 0.5  # seconds between two looks whether a server is there
 SPIN = 1e-3  # seconds before a request is due that the loop is not trusted with
 Prompt = Sequence[int] | str
 
@@ -34,6 +36,7 @@ class Endpoint:
     Args:
         url: of the endpoint itself. kind: of PATHS.
         ignore_eos: exactly `Job.num_output` tokens are wanted, and fewer are an error.
+        extra: more of every request's body; it wins.
         key: sent as Bearer. timeout: seconds without a byte after which a request has failed.
     """
 
@@ -43,6 +46,7 @@ class Endpoint:
     ignore_eos: bool = True
     key: str = ""
     timeout: float = 600.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def body(self, prompt: Prompt, num_output: int) -> dict[str, Any]:
         """Greedy, streamed, with usage. A chat's prompt is text; a completion's may be token ids."""
@@ -58,18 +62,31 @@ class Endpoint:
             "ignore_eos": self.ignore_eos,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self.extra,
         }
 
 
-def first_model(base: str, key: str = "") -> dict[str, Any]:
-    """The first that /v1/models lists, with what the server says of it; ValueError if it lists none."""
+def first_model(base: str, key: str = "", patience: float = 0.0) -> dict[str, Any]:
+    """The first that /v1/models lists, with what the server says of it.
+
+    Args:
+        patience: seconds that a server may take to be there.
+
+    Raises:
+        ValueError: it lists none.
+    """
     request = urllib.request.Request(f"{base}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            card: dict[str, Any] = msgspec.json.decode(response.read())["data"][0]
-            return {**card, "id": str(card["id"])}
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{base}/v1/models gives no model: {' '.join(str(error).split())[:200]}") from None
+    until = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                card: dict[str, Any] = msgspec.json.decode(response.read())["data"][0]
+                return {**card, "id": str(card["id"])}
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500  # it is there, and will not
+            if refused or time.monotonic() >= until:
+                raise ValueError(f"{base}/v1/models gives no model: {' '.join(str(error).split())[:200]}") from None
+        time.sleep(POLL)
 
 
 def drive(
@@ -174,6 +191,7 @@ async def _stream(response: aiohttp.ClientResponse, record: Record, origin: floa
             over = over or choice.get("finish_reason") is not None
         usage = event.get("usage") or {}
         record.num_prompt = usage.get("prompt_tokens", record.num_prompt)
+        record.num_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         late = usage.get("completion_tokens", 0) - len(record.times)
         record.times += [record.times[-1] if record.times else now] * late
     if not over:

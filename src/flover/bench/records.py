@@ -14,11 +14,12 @@ from flover.metrics import StepStats
 
 
 class Job(NamedTuple):
-    """A request of a workload."""
+    """A request of a workload. `text`: what a server gets instead of token ids."""
 
     arrival: float
     prompt: tuple[int, ...]
     num_output: int
+    text: str = ""
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Record:
 
     num_preemptions: of our engine, how often it lost its memory and was computed again.
     sent, ended, status: of a request over HTTP, when it was sent and when its answer ended, and the code of that.
+    num_cached: prompt tokens that the server says it had in a cache.
     """
 
     arrival: float
@@ -38,6 +40,7 @@ class Record:
     sent: float | None = None
     ended: float | None = None
     status: int = 0
+    num_cached: int = 0
 
     @property
     def ttft(self) -> float:

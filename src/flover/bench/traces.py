@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flover.bench.records import Job
 from flover.bench.workload import (
@@ -30,6 +30,8 @@ from flover.bench.workload import (
 from flover.show import nearest
 
 TRACE_LINE = '{"arrival": 0.5, "num_prompt": 128, "num_output": 32}'
+CUSTOM_LINE = '{"prompt": "Who was Moses?", "output_tokens": 32}'
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +51,44 @@ def read_trace(path: Path) -> list[TraceLine]:
     Raises:
         ValueError: a line that is none, naming file, line, value and what would do. OSError: no such file.
     """
+    return sorted(_json_lines(path, _trace_line, TRACE_LINE), key=lambda line: line.arrival)
+
+
+def read_custom(path: Path) -> list[tuple[str, int | None]]:
+    """A JSON lines file of `prompt`, a text, and `output_tokens` where they are known: vLLM's custom data set.
+
+    Raises:
+        ValueError, OSError: as of `read_trace`.
+    """
+    return _json_lines(path, _custom_line, CUSTOM_LINE)
+
+
+def _json_lines(path: Path, parse: Callable[[dict[str, Any], str], T], example: str) -> list[T]:
     lines = []
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
                 continue
             try:
-                lines.append(_trace_line(json.loads(raw), f"{path}:{number}: "))
+                entry = json.loads(raw)
+                if not isinstance(entry, dict):
+                    raise ValueError(f"a line must be a JSON object, got {entry!r}")
+                lines.append(parse(entry, f"{path}:{number}: "))
             except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
-                raise ValueError(f"{path}:{number}: {error}; a line is {TRACE_LINE}") from None
+                raise ValueError(f"{path}:{number}: {error}; a line is {example}") from None
     if not lines:
-        raise ValueError(f"{path} holds no request; a line is {TRACE_LINE}")
-    return sorted(lines, key=lambda line: line.arrival)
+        raise ValueError(f"{path} holds no request; a line is {example}")
+    return lines
 
 
-def _trace_line(entry: Any, where: str) -> TraceLine:
-    if not isinstance(entry, dict):
-        raise ValueError(f"a line must be a JSON object, got {entry!r}")
+def _custom_line(entry: dict[str, Any], where: str) -> tuple[str, int | None]:
+    prompt = entry.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"prompt must be a text, got {str(prompt)[:60]!r}")
+    return prompt, None if entry.get("output_tokens") is None else _tokens(entry, "output_tokens")
+
+
+def _trace_line(entry: dict[str, Any], where: str) -> TraceLine:
     arrival = entry.get("arrival")
     if isinstance(arrival, bool) or not isinstance(arrival, (int, float)) or not math.isfinite(arrival):
         raise ValueError(f"arrival must be a number of seconds, got {arrival!r}")

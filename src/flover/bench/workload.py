@@ -8,7 +8,7 @@ ids, so no two share a prefix. numpy only; its streams are stable for one versio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,6 +74,29 @@ class Gamma:
             gaps *= (count - 1) / self.rate / gaps.sum()
         times[1:] = np.cumsum(gaps)
         return times
+
+
+RAMPS: dict[str, Callable[[float, float, int], Floats]] = {"linear": np.linspace, "exponential": np.geomspace}
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """Gaps as of `Gamma`, each of its own rate, from `start` to `end` by the number of the request (vLLM's ramp-up)."""
+
+    start: float
+    end: float
+    strategy: str = "linear"
+    burstiness: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.strategy in RAMPS, "the ramp-up strategy", " or ".join(RAMPS), self.strategy)
+        rates = self.start, self.end
+        check(all(0 < rate < math.inf for rate in rates), "rates of a ramp-up", "over 0 requests/s", rates)
+        check(0 < self.burstiness < math.inf, "burstiness", "over 0 (1 is Poisson)", self.burstiness)
+
+    def draw(self, count: int, rng: np.random.Generator) -> Floats:
+        rates = RAMPS[self.strategy](self.start, self.end, count)[1:]  # the first request has no gap before it
+        return np.cumsum([0.0, *rng.gamma(self.burstiness, 1 / (rates * self.burstiness))])
 
 
 def poisson(rate: float) -> Gamma:

@@ -37,6 +37,10 @@ class Load:
     request_rate: float | None = None
     request_interval: float | None = None
     burstiness: float | None = None
+    ramp_up_strategy: str | None = None
+    ramp_up_start_rps: float | None = None
+    ramp_up_end_rps: float | None = None
+    custom_output_len: int | None = None
 
 
 @app.callback(invoke_without_command=True)
@@ -46,7 +50,7 @@ def _root(context: typer.Context) -> None:
 
 
 @app.command()
-@with_options("policy", load=Load, engine=EngineConfig)
+@with_options("policy", "custom_output_len", load=Load, engine=EngineConfig)
 def throughput(
     *,
     policy: Policy = "fused",
@@ -80,7 +84,11 @@ def serve(
     percentile_metrics: Annotated[str, typer.Option(help="those printed")] = "ttft,tpot,itl,e2el",
     metric_percentiles: Annotated[str, typer.Option(help="such as 50,90,99.9")] = "99",
     seed: Annotated[int, typer.Option(help="of prompts, lengths and arrivals")] = 0,
+    num_warmups: Annotated[int, typer.Option(min=0, help="requests before, not counted; one is always tried")] = 0,
+    ready_check_timeout_sec: Annotated[float, typer.Option(min=0, help="seconds to wait for the server")] = 0,
+    extra_body: Annotated[str, typer.Option(help='JSON, into each request, as {"temperature": 1}')] = "{}",
     save_result: Annotated[bool, typer.Option("--save-result", help="as JSON, with each request")] = False,
+    save_detailed: Annotated[bool, typer.Option("--save-detailed", help="and vLLM's lists: ttfts, itls, ...")] = False,
     result_dir: Annotated[Path, typer.Option(help="of the JSON")] = Path("."),
     result_filename: Annotated[str | None, typer.Option(help="default: made of backend, rate, model and time")] = None,
     load: dict[str, Any],
@@ -102,6 +110,10 @@ def serve(
         percentile_metrics,
         metric_percentiles,
         seed,
+        num_warmups,
+        ready_check_timeout_sec,
+        extra_body,
+        save_detailed,
     )
     path = None
     if save_result:
@@ -131,7 +143,7 @@ def latency(
 
 
 @app.command()
-@with_options("policy", load=Load, engine=EngineConfig)
+@with_options("policy", "custom_output_len", load=Load, engine=EngineConfig)
 def compare(
     *,
     policy: Annotated[str, typer.Option(help="those to compare")] = "serial,concurrent,dynamic:50ms,fused",

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from flover.bench.records import Job
-from flover.bench.traces import SEEN, WORKLOADS, TraceLine, named, read_trace, trace_jobs
-from flover.bench.workload import Arrivals, Gamma, Interval, Lengths, Uniform, draw_lengths, make_jobs
+from flover.bench.traces import (
+    CUSTOM_LINE,
+    SEEN,
+    WORKLOADS,
+    TraceLine,
+    named,
+    read_custom,
+    read_trace,
+    trace_jobs,
+)
+from flover.bench.workload import (
+    ARRIVALS,
+    Arrivals,
+    Gamma,
+    Interval,
+    Lengths,
+    Ramp,
+    Uniform,
+    draw_lengths,
+    make_jobs,
+    stream,
+)
 from flover.cli.bench import Load
 
+T = TypeVar("T")
 NUM_PROMPTS = 32
 WARM_OUTPUT = 8  # tokens at most of a warm-up request
 WARM_PROMPTS = 256  # warm-up requests at most
+WARM_TEXT = "Hello"  # their prompt where no token ids are drawn
+CUSTOM_OUTPUT = 256  # tokens where a custom line says nothing, as in vLLM
+ELSEWHERE = ("hf", "prefix_repetition", "sonnet")  # data sets of vLLM's bench
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +57,14 @@ class Source:
     vocab_size: int
     max_model_len: int
     shrink: bool
+    texts: Sequence[tuple[str, int]] | None = None  # prompts and output tokens, instead of lengths
 
     def jobs(self, seed: int) -> list[Job]:
-        """Those of this seed; ValueError if one does not fit."""
+        """Those of this seed; ValueError if one does not fit (of texts only the server can say)."""
+        if self.texts is not None:
+            assert self.arrivals is not None
+            times = self.arrivals.draw(self.count, stream(seed, ARRIVALS)).tolist()
+            return [Job(time, (), m, text) for time, (text, m) in zip(times, self.texts)]
         if self.lengths is None:
             lines = self.trace or []
             return trace_jobs(lines, self.vocab_size, seed, self.max_model_len, self.arrivals, self.shrink)
@@ -46,8 +77,9 @@ class Source:
     def warm_up(self, seed: int) -> list[Job]:
         """As many rows and such prompts, few output tokens, at once; prompts that no measured request has."""
         lines = None if self.trace is None else [replace(line, prompt=None) for line in self.trace]
-        jobs = replace(self, arrivals=Interval(0), trace=lines).jobs(seed + (1 << 32))
-        return [Job(0.0, job.prompt, min(job.num_output, WARM_OUTPUT)) for job in jobs[:WARM_PROMPTS]]
+        texts = None if self.texts is None else [(WARM_TEXT, m) for _, m in self.texts]
+        jobs = replace(self, arrivals=Interval(0), trace=lines, texts=texts).jobs(seed + (1 << 32))
+        return [job._replace(num_output=min(job.num_output, WARM_OUTPUT)) for job in jobs[:WARM_PROMPTS]]
 
     def num_shrunk(self, seed: int) -> int:
         """Requests that had to be shortened."""
@@ -67,8 +99,15 @@ def make_source(load: Load, vocab_size: int, max_model_len: int) -> Source:
     """
     if load.num_prompts is not None and load.num_prompts < 1:
         raise ValueError(f"--num-prompts must be at least 1, got {load.num_prompts}")
+    if load.ramp_up_strategy is None and (load.ramp_up_start_rps, load.ramp_up_end_rps) != (None, None):
+        raise ValueError("--ramp-up-start-rps and --ramp-up-end-rps need --ramp-up-strategy linear or exponential")
+    if load.dataset_name in ELSEWHERE:
+        instead = f"--dataset-name custom sends the prompts of a JSON lines file of {CUSTOM_LINE}"
+        raise ValueError(f"--dataset-name {load.dataset_name} is not here: {instead}")
+    if load.dataset_name == "custom":
+        return _custom(load, vocab_size, max_model_len)
     if load.dataset_path is not None and load.dataset_name not in ("trace", "random"):
-        raise ValueError(f"--dataset-path goes with --dataset-name trace, got {load.dataset_name}")
+        raise ValueError(f"--dataset-path goes with --dataset-name trace or custom, got {load.dataset_name}")
     if load.dataset_path is not None or load.dataset_name == "trace":
         return _trace(load, vocab_size, max_model_len)
     if load.dataset_name == "random":
@@ -80,7 +119,7 @@ def make_source(load: Load, vocab_size: int, max_model_len: int) -> Source:
         try:
             published = named(load.dataset_name)
         except ValueError as error:
-            raise ValueError(f"--dataset-name: {error}; or random, trace") from None
+            raise ValueError(f"--dataset-name: {error}; or random, trace, custom") from None
         burstiness, lengths = published.burstiness, (published.prompt, published.output)
         text = f"{load.dataset_name} ({published.source}; {published.mark})"
     law, when = _arrivals(load, burstiness)
@@ -92,14 +131,31 @@ def make_source(load: Load, vocab_size: int, max_model_len: int) -> Source:
 def _trace(load: Load, vocab_size: int, max_model_len: int) -> Source:
     if load.dataset_path is None:
         raise ValueError("--dataset-name trace needs --dataset-path, a JSON lines file")
-    lines = read_trace(Path(load.dataset_path))
-    if load.num_prompts is not None and load.num_prompts > len(lines):
-        raise ValueError(f"--num-prompts is {load.num_prompts}, {load.dataset_path} holds {len(lines)} requests")
-    lines = lines[: load.num_prompts]
-    own = load.request_rate is None and load.request_interval is None
+    lines = _first(read_trace(Path(load.dataset_path)), load)
+    own = load.request_rate is None and load.request_interval is None and load.ramp_up_strategy is None
     law, when = (None, "arriving as in the trace") if own else _arrivals(load, 1.0)
     text = f"{load.dataset_path}, {len(lines)} requests, {when}"
     return Source(text, len(lines), law, None, lines, vocab_size, max_model_len, True)
+
+
+def _custom(load: Load, vocab_size: int, max_model_len: int) -> Source:
+    if load.dataset_path is None:
+        raise ValueError(f"--dataset-name custom needs --dataset-path, a JSON lines file of {CUSTOM_LINE}")
+    given = None if load.custom_output_len == -1 else load.custom_output_len
+    if given is not None and given < 1:
+        raise ValueError(f"--custom-output-len must be at least 1, or -1: each line's output_tokens, got {given}")
+    lines = _first(read_custom(Path(load.dataset_path)), load)
+    texts = [(text, given or m or CUSTOM_OUTPUT) for text, m in lines]
+    law, when = _arrivals(load, 1.0)
+    text = f"{load.dataset_path}, {len(texts)} prompts, {when}"
+    return Source(text, len(texts), law, None, None, vocab_size, max_model_len, False, texts)
+
+
+def _first(lines: list[T], load: Load) -> list[T]:
+    """As many as are asked for, in the order of the file."""
+    if load.num_prompts is not None and load.num_prompts > len(lines):
+        raise ValueError(f"--num-prompts is {load.num_prompts}, {load.dataset_path} holds {len(lines)} requests")
+    return lines[: load.num_prompts]
 
 
 def _around(length: int, load: Load, which: str) -> Uniform:
@@ -116,6 +172,8 @@ def _range(law: Uniform) -> str:
 
 
 def _arrivals(load: Load, burstiness: float) -> tuple[Arrivals, str]:
+    if load.ramp_up_strategy is not None:
+        return _ramp(load.ramp_up_strategy, load, burstiness)
     if load.request_interval is not None:
         if load.request_rate is not None or load.burstiness is not None:
             raise ValueError("--request-interval excludes --request-rate and --burstiness")
@@ -126,6 +184,16 @@ def _arrivals(load: Load, burstiness: float) -> tuple[Arrivals, str]:
         return law, "all at once"
     kind = "Poisson" if law.burstiness == 1 else f"gamma, burstiness {law.burstiness:g}"
     return law, f"{rate:g} a second ({kind})"
+
+
+def _ramp(strategy: str, load: Load, burstiness: float) -> tuple[Arrivals, str]:
+    if load.request_rate is not None or load.request_interval is not None:
+        raise ValueError("--ramp-up-strategy excludes --request-rate and --request-interval")
+    if load.ramp_up_start_rps is None or load.ramp_up_end_rps is None:
+        raise ValueError("--ramp-up-strategy needs --ramp-up-start-rps and --ramp-up-end-rps")
+    shape = burstiness if load.burstiness is None else load.burstiness
+    law = Ramp(load.ramp_up_start_rps, load.ramp_up_end_rps, strategy, shape)
+    return law, f"{law.start:g} to {law.end:g} a second ({law.strategy}, burstiness {law.burstiness:g})"
 
 
 def print_workloads() -> int:

@@ -55,6 +55,8 @@ class Bench:
 
     def __init__(self, load: Load, output: Path | None, options: Mapping[str, Any], **settings: Any) -> None:
         check_output(output)
+        if load.dataset_name == "custom":
+            raise ValueError("--dataset-name custom is for bench serve: here a trace of prompt_token_ids works")
         self.config = EngineConfig(**options)
         _, model, hardware, _ = survey(self.config)
         limit = self.config.max_model_len or model.max_position_embeddings

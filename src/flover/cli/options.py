@@ -41,7 +41,7 @@ SPELLINGS = {
     "range_ratio": ("--random-range-ratio",),
 }
 HELP = {
-    "n": "choices per prompt",
+    "n": "choices per prompt; -n is --max-tokens",
     "temperature": "0 is greedy",
     "top_k": "keep the k best tokens; 0 is all",
     "top_p": "keep the best tokens up to this probability",
@@ -50,7 +50,7 @@ HELP = {
     "bad_words": "may not be generated; may be repeated",
     "allowed_token_ids": "only these ids; may be repeated",
     "min_tokens": "no end before that many tokens",
-    "max_tokens": "output limit in tokens (default: 128, in a chat the context)",
+    "max_tokens": "output limit in tokens (default: 128, in a chat the context); --n is choices",
     "stop": "a string that ends the text; may be repeated",
     "stop_token_ids": "ids that end the text; may be repeated",
     "ignore_eos": "go on after the end-of-sequence token",
@@ -82,14 +82,19 @@ HELP = {
     "pipeline_parallel_size": "stages of layers, each of tensor_parallel_size ranks",
     "num_threads": "CPU threads",
     "debug_poison": "fill freed KV with NaN",
-    "num_prompts": "requests (default: 32, or all of a trace)",
-    "dataset_name": "random, trace, or the lengths of a published one: see `flover bench workloads`",
-    "dataset_path": "the trace: JSON lines of arrival, num_prompt or prompt_token_ids, num_output",
+    "num_prompts": "requests (default: 32, or all of a file)",
+    "dataset_name": "random, trace, custom, or the lengths of a published one: see `flover bench workloads`",
+    "dataset_path": "JSON lines; a trace: arrival, num_prompt or prompt_token_ids, num_output;"
+    " custom (bench serve only): prompt, output_tokens",
+    "custom_output_len": "output tokens of each custom prompt (default, and -1: its output_tokens, or else 256)",
     "input_len": "prompt tokens of random requests",
     "output_len": "output tokens of random requests",
     "range_ratio": "r: random lengths are uniform in len * (1 - r) to len * (1 + r)",
     "request_rate": "requests/s; inf: all at once (default: inf, or as the trace has it)",
     "request_interval": "seconds from one request to the next, instead of a rate",
+    "ramp_up_strategy": "linear or exponential: the rate goes from start to end, instead of a constant one",
+    "ramp_up_start_rps": "requests/s at the first request",
+    "ramp_up_end_rps": "requests/s at the last request",
     "burstiness": "shape of the gamma law of arrivals; 1 is Poisson, less is burstier (default: the workload's)",
 }
 

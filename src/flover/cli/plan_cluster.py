@@ -75,8 +75,12 @@ def _print_times(console: Console, cost: Cost, memory: Memory, share: float, con
         cells = [f"{cost.decode(rows, n) * 1e3:.2f}" if rows <= memory.rows(n, share) else "-" for n in contexts]
         table.add_row(str(rows), *cells)
     table.add_row("fit", *(str(memory.rows(n, share)) for n in contexts))
-    table.add_row("TTFT, ms", *(f"{cost.prefill(n - 1) * 1e3:.0f}" for n in contexts))
+    table.add_row("TTFT, ms", *(_digits(cost.prefill(n - 1) * 1e3) for n in contexts))
     console.print(table)
+
+
+def _digits(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.2f}"
 
 
 def _print_rates(

@@ -19,8 +19,8 @@ from flover.anatomy import ATTENTION, OTHER, PRODUCT, TRANSFER, Row, short_name
 from flover.bound import Bound, Limits, measured_limits
 from flover.config import EngineConfig, human
 from flover.engine.engine import EngineCore, survey
-from flover.profile import Profile, environment, profile_decode, profile_prefill
-from flover.resolve import effective_dtype
+from flover.profile import Profile, decode_steps, environment, num_outputs, profile_decode, profile_prefill
+from flover.resolve import effective_dtype, resolve
 
 WIDTH, NAME = 80, 36  # columns
 KERNELS = 16  # rows of the table; the file has them all
@@ -40,7 +40,12 @@ def run_profile(
     config = EngineConfig(**options)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    _, model, hardware, _ = survey(config)
+    _, model, hardware, weights = survey(config)
+    longest = resolve(config, model, hardware, weights).scheduler  # an engine's may be smaller, and is checked again
+    for batch in sizes:
+        num_outputs(longest, batch, context, decode_steps(steps))
+    if prefill is not None and prefill >= longest.max_model_len:
+        raise ValueError(f"--prefill must be below max_model_len={longest.max_model_len}, got {prefill}")
     device = hardware.device
     dtype = effective_dtype(config, model, device)
     console = Console(highlight=False, width=WIDTH)

@@ -74,7 +74,7 @@ class GrammarChecker:
         except (EOFError, OSError):
             code = self._child.wait() if self._child else 0
             self.close()
-            if code == -signal.SIGXCPU:
+            if code == -signal.SIGPROF:
                 return f"it takes more than {COMPILE_SECONDS} s; a smaller or simpler one works"
             why = f"its compiler ended with exit code {code}, as where {COMPILE_BYTES >> 20} MiB of memory are too few"
             return f"{why}; a smaller or simpler one may work"
@@ -125,14 +125,6 @@ def _verdict(vocabulary: Vocabulary, grammar: str) -> str:
     return "" if mask.any() else "no token of the vocabulary can begin it"
 
 
-def _limit() -> None:
-    import resource  # not on Windows
-
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + 1 + COMPILE_SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
-
-
 def main() -> int:
     """Grammars from stdin, verdicts to stdout, until stdin ends; -> exit code."""
     import resource
@@ -148,7 +140,7 @@ def main() -> int:
     with suppress(EOFError):
         while True:
             grammar = _receive(sys.stdin.buffer)
-            _limit()
+            signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)  # not RLIMIT_CPU, which has whole seconds only
             _send(sys.stdout.buffer, failure or _verdict(vocabulary, grammar))
     return 0
 

@@ -200,7 +200,7 @@ class ChatCompletion(Completion):
         return call_writer(self.request.given_tools, self.request.tool_choice, self.tool_format)
 
     def _first(self, index: int) -> Iterable[Answer]:
-        delta = {"role": "assistant", "content": ""}
+        delta = {"role": "assistant", "content": "" if self._writer() is None else None}  # a call has no content
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
     def _head_ids(self) -> Answer:

@@ -43,7 +43,7 @@ class Service:
     def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
         self.llm, self.config = llm, config
         resolved = llm.engine.core.resolved
-        self.model_names = list(config.served_model_names) or [resolved.engine.model]
+        self.model_names = list(dict.fromkeys(config.served_model_names)) or [resolved.engine.model]
         self.max_model_len = resolved.scheduler.max_model_len
         self.created = int(time.time())
         self.load = Load(resolved.scheduler.max_num_seqs, config.max_queued_requests, config.max_queued_tokens)
