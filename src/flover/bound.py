@@ -102,7 +102,7 @@ class Bound:
 
     def __init__(self, core: EngineCore, limits: Limits) -> None:
         runner = runner_of(core)
-        model: nn.Module = runner.model  # type: ignore[assignment]
+        model: nn.Module = runner.model
         self.limits = limits
         self.config: ModelConfig = core.resolved.model
         self.max_rows = core.resolved.scheduler.max_num_seqs

@@ -13,7 +13,7 @@ from flover.layers.embedding import Embedding, LMHead, VocabEmbedding
 from flover.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.model_config import ModelConfig
-from flover.models.base import Source, transposed
+from flover.models.base import CausalLM, Source, transposed
 
 
 class GPT2Attention(nn.Module):
@@ -62,10 +62,9 @@ class GPT2Block(nn.Module):
         return x, self.mlp(normed)
 
 
-class GPT2LMHeadModel(nn.Module):
+class GPT2LMHeadModel(CausalLM):
     PREFIX: ClassVar[str] = "transformer."
     IGNORED: ClassVar[tuple[str, ...]] = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "transformer.wte.weight",
         "embed_positions.weight": "transformer.wpe.weight",
@@ -104,7 +103,3 @@ class GPT2LMHeadModel(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

@@ -13,7 +13,7 @@ from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
 from flover.model_config import ModelConfig
-from flover.models.base import Source, per_head
+from flover.models.base import CausalLM, Source, per_head
 from flover.models.gpt2 import GPT2MLP
 
 
@@ -52,7 +52,7 @@ class GPTNeoXBlock(nn.Module):
         return x, self.mlp(normed)
 
 
-class GPTNeoXForCausalLM(nn.Module):
+class GPTNeoXForCausalLM(CausalLM):
     PREFIX: ClassVar[str] = "gpt_neox."
     IGNORED: ClassVar[tuple[str, ...]] = (
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
@@ -97,7 +97,3 @@ class GPTNeoXForCausalLM(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, rotary, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

@@ -13,7 +13,7 @@ from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables
 from flover.model_config import ModelConfig
-from flover.models.base import Source, join
+from flover.models.base import CausalLM, Source, join
 from flover.models.gpt2 import GPT2MLP
 
 
@@ -45,10 +45,9 @@ class GPTJBlock(nn.Module):
         return x, self.self_attn(normed, rotary, ctx) + self.mlp(normed)
 
 
-class GPTJForCausalLM(nn.Module):
+class GPTJForCausalLM(CausalLM):
     PREFIX: ClassVar[str] = "transformer."
     IGNORED: ClassVar[tuple[str, ...]] = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)",)
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "transformer.wte.weight",
         "layers.{i}.input_norm.weight": "transformer.h.{i}.ln_1.weight",
@@ -86,7 +85,3 @@ class GPTJForCausalLM(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, rotary, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

@@ -13,7 +13,7 @@ from flover.layers.embedding import Embedding, LMHead, VocabEmbedding
 from flover.layers.linear import ColumnLinear, Linear, QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.model_config import ModelConfig
-from flover.models.base import Source, join
+from flover.models.base import CausalLM, Source, join
 
 POSITION_OFFSET = 2  # fairseq kept the first two positions for padding
 
@@ -55,10 +55,8 @@ class OPTBlock(nn.Module):
         return self.mlp_norm.add(x, self.mlp(x))[0], None
 
 
-class OPTForCausalLM(nn.Module):
+class OPTForCausalLM(CausalLM):
     PREFIX: ClassVar[str] = "model."
-    IGNORED: ClassVar[tuple[str, ...]] = ()
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "model.decoder.embed_tokens.weight",
         "embed_positions.weight": "model.decoder.embed_positions.weight",
