@@ -88,7 +88,6 @@ class SlabLayout(KVLayout):
         self.num_blocks = num_slots
         self.block_size = slot_tokens
         self.mode: SlabMode = mode
-        self.tokens_moved = 0  # by all reorderings so far
         self._release = release and mode != "off"
         self._reserved = min(num_slots, MIN_RESERVED) if self._release else num_slots
         self._slot_of: dict[str, int] = {}
@@ -259,7 +258,7 @@ class SlabLayout(KVLayout):
 
     def _apply(self, moves: list[RowMove]) -> dict[str, int]:
         relocated = {}
-        for src, dst, count in moves:
+        for src, dst, _ in moves:
             key = self._key_at[src]
             assert key is not None
             assert self._key_at[dst] is None
@@ -267,7 +266,6 @@ class SlabLayout(KVLayout):
             self._key_at[src], self._key_at[dst] = None, key
             self._freed.discard(dst)
             self._freed.add(src)
-            self.tokens_moved += count
         return relocated
 
     def _give_back(self, reserved: int) -> None:
