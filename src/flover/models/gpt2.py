@@ -33,12 +33,12 @@ class GPT2Attention(nn.Module):
 
 
 class GPT2MLP(nn.Module):
-    """Two biased layers around an activation; GPT-J, GPT-NeoX and BLOOM have the same one."""
+    """Two layers around an activation; GPT-J, GPT-NeoX, BLOOM and OPT have the same one."""
 
-    def __init__(self, config: ModelConfig, size: int, activation: str) -> None:
+    def __init__(self, config: ModelConfig, size: int, activation: str, bias: bool = True) -> None:
         super().__init__()
-        self.up_proj = ColumnLinear(config.hidden_size, [size], bias=True)
-        self.down_proj = RowLinear(size, config.hidden_size, bias=True)
+        self.up_proj = ColumnLinear(config.hidden_size, [size], bias)
+        self.down_proj = RowLinear(size, config.hidden_size, bias)
         self.act = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from flover.models.gpt2 import GPT2MLP
 
 
 class GPTNeoXAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    """GPT-J has the same one, without biases."""
+
+    def __init__(self, config: ModelConfig, layer: int, bias: bool) -> None:
         super().__init__()
-        bias = bool(config.hf.get("attention_bias", True))
         self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim, bias)
         self.out_proj = RowLinear(config.hidden_size, config.hidden_size, bias)
         self.attn = Attention(layer, config.head_dim**-0.5)
@@ -36,7 +37,7 @@ class GPTNeoXBlock(nn.Module):
         super().__init__()
         eps = float(config.hf.get("layer_norm_eps", 1e-5))
         self.input_norm = LayerNorm(config.hidden_size, eps)
-        self.self_attn = GPTNeoXAttention(config, layer)
+        self.self_attn = GPTNeoXAttention(config, layer, bool(config.hf.get("attention_bias", True)))
         self.post_norm = LayerNorm(config.hidden_size, eps)
         self.mlp = GPT2MLP(config, config.positive("intermediate_size"), str(config.hf.get("hidden_act", "gelu")))
         self.parallel = bool(config.hf.get("use_parallel_residual", True))
