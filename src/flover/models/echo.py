@@ -1,4 +1,4 @@
-"""EchoModel: no arithmetic that rounds, so addressing can be checked bitwise (DESIGN section 4, statement a).
+"""EchoModel: no arithmetic that rounds, so addressing can be checked bitwise (statement a of docs/architecture.md).
 
 It writes every token id and its position into K and V of each layer through `store_kv`, reads each row's whole history
 back through the layout's own addressing, and its next token is an integer hash of all of it. Its tokens are equal in

@@ -85,7 +85,7 @@ def load_model(
 
     Args:
         folder: of the checkpoint; not read when load_format is "dummy".
-        batch_invariant: fixed shapes for matrix products and activations (DESIGN section 4, statement b).
+        batch_invariant: fixed shapes for matrix products and activations (docs/architecture.md, statement b).
         load_format: "auto" reads the checkpoint, "dummy" draws weights from `seed` (for benchmarks).
         backend: whose functions the layers call (`kernels.dispatch`).
         quantization: of the blocks' linear layers, as in `EngineConfig`; each is quantised as it arrives.
