@@ -86,9 +86,8 @@ def profile_decode(core: EngineCore, bound: Bound, batch: int, context: int, ste
     )
 
 
-def profile_prefill(core: EngineCore, bound: Bound, length: int, repeats: int = 3) -> Profile:
-    """Profile the prefill of one prompt of `length` tokens; the time is the best of some."""
-
+def profile_prefill(core: EngineCore, bound: Bound, length: int) -> Profile:
+    """Profile the prefill of one prompt of `length` tokens; the time is the best of three."""
     rng = random.Random()  # never the same prompt: its prefix would be cached
 
     def run() -> None:
@@ -98,7 +97,7 @@ def profile_prefill(core: EngineCore, bound: Bound, length: int, repeats: int = 
 
     run()
     best, host = float("inf"), {}
-    for _ in range(repeats):
+    for _ in range(3):
         with HostClock(core) as clock:
             started = time.perf_counter()
             run()
