@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cluster.json")
     args = parser.parse_args()
     before = load()
-    environment = provenance(None) | {"command": f"python benchmarks/cluster.py --requests {args.requests}"}
+    environment = provenance(None, script=True)
     with serve() as plain, serve("--replicas", "1", "--cpus", "0.5") as cluster:
         one, other = asyncio.run(measure([plain.port, cluster.port], args.requests))
     result = {

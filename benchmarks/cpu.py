@@ -12,7 +12,6 @@ threads slow each other down; loading and a warm-up run are not counted.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 
-import flover
+from flover.bench.results import provenance
 from flover.config import EngineConfig
 from flover.engine.batch import BatchPlan, StepResult, encode_plan
 from flover.engine.engine import EngineCore
@@ -431,25 +430,15 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> None:
         print("  " + first.ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(rest, widths[1:])), flush=True)
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    changes = subprocess.run(["git", "status", "--porcelain", "--", "../src"], cwd=here, capture_output=True, text=True)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **provenance("cpu", script=True),
         "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
         "load_average_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "transformers": transformers.__version__,
-        "flover": flover.__version__,
-        "commit": (commit.stdout.strip() or None) and commit.stdout.strip() + ("+" if changes.stdout else ""),
-        "command": " ".join(["python", *sys.argv]),
     }
 
 
@@ -470,7 +459,7 @@ def main() -> None:
     if args.contender:
         contender_process(args)
     started = time.perf_counter()
-    result: dict[str, Any] = {"environment": environment(args.threads)}
+    result: dict[str, Any] = {"environment": environment()}
     print(json.dumps(result["environment"], indent=1))
     with tempfile.TemporaryDirectory(prefix="flover-bench-") as temporary:
         folder = Path(temporary)

@@ -14,7 +14,6 @@ holds; the token embedding, of which a step reads only a few rows, is left out (
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
 import subprocess
@@ -30,9 +29,10 @@ import torch
 from _gpu_engine import MODELS, Bench
 from _gpu_loads import modes, offline, poisson, saturated
 
+from flover.bench.results import provenance
 from flover.bound import Limits, measured_limits
 from flover.config import EngineConfig
-from flover.profile import decoding, environment, profile_decode, timed_steps
+from flover.profile import decoding, profile_decode, timed_steps
 
 RESULTS = Path(__file__).parent / "results"
 PRODUCTS = {"int8_w8a8": torch.int8, "fp8_w8a8": torch.float8_e4m3fn}  # what products compute in, if not in bf16
@@ -248,14 +248,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output or RESULTS / f"{name}.json"
     usual = torch.bfloat16 if args.device == "cuda" else torch.float32
     limits: Limits = measured_limits(args.device, PRODUCTS.get(args.quantization, usual))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
-        "environment": {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **environment(args.device),
-            "commit": commit or None,
-            "command": " ".join(["python", *sys.argv]),
-        },
+        "environment": provenance(args.device, script=True),
         "measured_TB_per_s": round(limits.bandwidth / 1e12, 3),
         "measured_TFLOP_per_s": round(limits.flops / 1e12, 1),
         "sustained_TFLOP_per_s": round(limits.sustained / 1e12, 1),

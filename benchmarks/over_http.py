@@ -26,21 +26,20 @@ import json
 import multiprocessing
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import psutil
 from _http_clients import at_once, one_by_one
 
-SERVE = "import sys; from flover.__main__ import main; sys.argv[0] = 'flover'; sys.exit(main())"
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from serving import serve
+
 START = 3.0  # seconds for the clients' processes to be ready
 Jobs = list[tuple[list[int], int]]  # prompt, output length
 
@@ -123,27 +122,15 @@ def in_process(folder: str, settings: dict[str, Any], many: Jobs, lone: Jobs, re
         for job in lone[:5]:
             first(*job)
         times, texts = zip(*(first(*job) for job in lone))
-        return {**result, "ttft": times, "texts": texts, "environment": provenance(settings["device"])}
+        made_by = provenance(settings["device"], script=True)
+        return {**result, "ttft": times, "texts": texts, "environment": made_by}
 
 
-@contextmanager
-def serve(folder: str, settings: dict[str, Any]) -> Iterator[tuple[int, psutil.Process]]:
-    """-> port, and the process of the front."""
-    options = []
+def options(settings: dict[str, Any]) -> Iterator[str]:
+    """Of `flover serve`."""
     for name, value in settings.items():
         dashed = name.replace("_", "-")
-        options += [f"--{'' if value else 'no-'}{dashed}"] if isinstance(value, bool) else [f"--{dashed}", str(value)]
-    command = [sys.executable, "-c", SERVE, "serve", folder, "--port", "0", "--admin-socket", "none", *options]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the server ended with code {server.wait()}")
-        yield int(line.rpartition(":")[2]), psutil.Process(server.pid).children()[0]
-    finally:
-        server.terminate()
-        server.wait(60)
+        yield from (f"--{'' if value else 'no-'}{dashed}",) if isinstance(value, bool) else (f"--{dashed}", str(value))
 
 
 def over_http(
@@ -151,7 +138,11 @@ def over_http(
 ) -> dict[str, Any]:
     """`http`, and the lone requests."""
     spawn = multiprocessing.get_context("spawn")
-    with serve(folder, settings) as (port, front), ProcessPoolExecutor(clients, mp_context=spawn) as pool:
+    with (
+        serve(folder, *options(settings), usual=()) as server,
+        ProcessPoolExecutor(clients, mp_context=spawn) as pool,
+    ):
+        port, front = server.port, server.front
 
         def load(jobs: Jobs) -> dict[str, Any]:
             at, before = time.monotonic() + START, front.cpu_times()
@@ -233,8 +224,7 @@ def main() -> None:
             inside = pool.submit(in_process, folder, settings, many, lone, args.repeats).result()
         print({name: inside[name] for name in ("core", "generate")}, latency(inside["ttft"]), flush=True)
         outside = over_http(folder, settings, many, lone, args.repeats, args.clients)
-    environment = inside["environment"] | {"command": " ".join(["python", *sys.argv])}
-    result = {"environment": environment, "model": args.model, "settings": settings, "clients": args.clients}
+    result = {"environment": inside["environment"], "model": args.model, "settings": settings, "clients": args.clients}
     result |= report(inside, outside, many)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

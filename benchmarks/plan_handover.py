@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/plan_handover.json"))
     arguments = parser.parse_args()
-    environment = provenance("cpu") | {"command": "python benchmarks/plan_handover.py", "load": os.getloadavg()[0]}
+    environment = provenance("cpu", script=True) | {"load": os.getloadavg()[0]}
     result: dict[str, Any] = {"environment": environment, "rows": arguments.rows}
     for ranks in (2, 4, 8):
         result[f"{ranks} ranks"] = measure(arguments.rows, ranks)

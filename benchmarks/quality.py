@@ -11,12 +11,8 @@ the fp32 logits; same_top is the share of positions where both put the same toke
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import flover
 from flover import LLM, SamplingParams
+from flover.bench.results import provenance
 
 HERE = Path(__file__).parent
 TEXT, RESULT = HERE / "data" / "kjv_test.txt", HERE / "results" / "quality.json"
@@ -94,19 +90,6 @@ def perplexity(reading: Reading) -> float:
     return math.exp(-math.fsum(reading.logprobs) / len(reading.logprobs))
 
 
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    gpu = torch.cuda.is_available()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "flover": flover.__version__,
-        "commit": commit or None,
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
@@ -117,7 +100,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     chapters = TEXT.read_text(encoding="utf-8").strip().split("\n\n")[: args.chapters]
-    result: dict[str, Any] = {"environment": environment(), "chapters": len(chapters), "models": {}}
+    made_by = provenance("cuda" if torch.cuda.is_available() else "cpu", script=True)
+    result: dict[str, Any] = {"environment": made_by, "chapters": len(chapters), "models": {}}
     for model in args.models.split(","):
         exact = read(model, BASELINE, chapters)
         rows = []

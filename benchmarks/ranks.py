@@ -15,11 +15,8 @@ that is there already. Writes benchmarks/results/gpu_tp.json, with --stages gpu_
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -31,11 +28,11 @@ import torch.multiprocessing as mp
 from _gpu_engine import MODELS, Bench
 from torch._C._distributed_c10d import TCPStore
 
+from flover.bench.results import provenance
 from flover.bound import measured_limits
 from flover.engine.peers import open_exchange
 from flover.kernels.triton import rms_norm
 from flover.parallel import ProcessGroup, connect
-from flover.profile import environment
 from gpu import RESULTS, decode, prefill
 
 ROWS = (1, 8, 32, 64, 128, 256)
@@ -129,15 +126,8 @@ def main() -> None:
     size_of = "pipeline_parallel_size" if args.stages else "tensor_parallel_size"
     ranks, batches = ([int(n) for n in text.split(",")] for text in (args.ranks, args.batches))
     limits = measured_limits("cuda", torch.bfloat16)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
-        "environment": {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **environment("cuda"),
-            "gpus": torch.cuda.device_count(),
-            "commit": commit or None,
-            "command": " ".join(["python", *sys.argv]),
-        },
+        "environment": provenance("cuda", script=True) | {"gpus": torch.cuda.device_count()},
         "measured_TB_per_s": round(limits.bandwidth / 1e12, 3),
         "measured_TFLOP_per_s": round(limits.flops / 1e12, 1),
         "model": args.model,

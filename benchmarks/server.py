@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from serving import load, serve
 
 BODIES = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Who was Moses?"}]}),
@@ -40,9 +42,9 @@ async def stream(port: int, api: str, tokens: int) -> tuple[int, float]:
     return count, first
 
 
-async def measure(port: int, pid: int, args: argparse.Namespace) -> dict[str, object]:
+async def measure(port: int, process: psutil.Process, args: argparse.Namespace) -> dict[str, object]:
     await asyncio.gather(*(stream(port, args.api, 8) for _ in range(4)))
-    process, loads = psutil.Process(pid), [round(value, 2) for value in os.getloadavg()]
+    loads = load()
     before, begin = process.cpu_times(), time.monotonic()
     results = await asyncio.gather(*(stream(port, args.api, args.tokens) for _ in range(args.streams)))
     after, seconds = process.cpu_times(), time.monotonic() - begin
@@ -66,15 +68,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--api", choices=sorted(BODIES), default="chat")
     args = parser.parse_args()
-    code = "import sys; from flover.cli import main; sys.exit(main(['serve', '--port', '0', '--num-threads', '1']))"
-    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        port = int(server.stdout.readline().rpartition(":")[2])
-        print(json.dumps(asyncio.run(measure(port, psutil.Process(server.pid).children()[0].pid, args))))
-    finally:
-        server.terminate()
-        server.wait()
+    with serve("--device", "auto") as server:
+        print(json.dumps(asyncio.run(measure(server.port, server.front, args))))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,9 @@ from typing import Any
 
 import torch
 
+from flover.bench.results import provenance
 from flover.kv import virtual_memory
 from flover.kv.storage import KVStorage
-from flover.profile import environment
 
 SLOTS = (128, 12, 18, 27, 41, 62, 93, 128, 48, 72, 24, 4, 128, 64, 32, 16, 8, 4)  # reserved, one after the other
 
@@ -66,9 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "slab.json")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    command = " ".join(["python", *sys.argv])
-    result: dict[str, Any] = {"environment": {**environment("cuda"), "commit": commit, "command": command}}
+    result: dict[str, Any] = {"environment": provenance("cuda", script=True)}
     for chunks in (8, 32, 128):
         virtual_memory.CHUNKS = chunks
         result[f"chunks_{chunks}"] = measure()

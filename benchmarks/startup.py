@@ -11,20 +11,15 @@ the one that it left (`warm`, the median of several). Weights are random, bf16, 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.util
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flover.bench.results import provenance
 from flover.bench.startup import fresh
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,12 +30,9 @@ SETTINGS = {"max_model_len": 2048, "max_num_seqs": 64}
 
 def models() -> dict[str, dict[str, Any]]:
     """The Llama shapes of benchmarks/gpu.py."""
-    spec = importlib.util.spec_from_file_location("gpu", Path(__file__).with_name("gpu.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: shape for name, shape in module.MODELS.items() if shape["architectures"] == ["LlamaForCausalLM"]}
+    from _gpu_engine import MODELS  # imports torch
+
+    return {name: shape for name, shape in MODELS.items() if shape["architectures"] == ["LlamaForCausalLM"]}
 
 
 def tensors(shape: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
@@ -124,25 +116,6 @@ def show(name: str, run: dict[str, Any]) -> None:
     print(f"  {'second token':<14}{run['second_token_s']:8.3f} s", flush=True)
 
 
-def environment() -> dict[str, Any]:
-    import torch
-
-    import flover
-
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flover": flover.__version__,
-        "commit": commit.stdout.strip() or None,
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3-8b", help="a Llama shape of benchmarks/gpu.py")
@@ -153,7 +126,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/startup_MODEL.json")
     args = parser.parse_args()
     name = args.folder.name if args.folder else args.model
-    result: dict[str, Any] = {"environment": environment(), "model": name, "settings": SETTINGS}
+    device = "cpu" if args.device == "cpu" else "cuda"
+    result: dict[str, Any] = {
+        "environment": provenance(device, script=True),
+        "model": name,
+        "settings": SETTINGS,
+    }
     with (
         tempfile.TemporaryDirectory(prefix="flover-bench-", dir=args.directory) as made,
         tempfile.TemporaryDirectory(prefix="flover-triton-") as cache,
@@ -168,6 +146,7 @@ def main() -> None:
             print(f"wrote the checkpoint in {time.perf_counter() - begin:.1f} s", flush=True)
         result["page_cache_GB_per_s_one_thread"] = round(read_all(folder), 1)
         result["cold"] = fresh({"model": str(folder), "device": args.device, **SETTINGS}, cache)
+        result["environment"] = provenance(result["cold"]["device"], script=True)
         show("empty Triton cache", result["cold"])
         runs = [fresh({"model": str(folder), "device": args.device, **SETTINGS}, cache) for _ in range(args.repeats)]
         middle = statistics.median_low(run["first_token_s"] for run in runs)

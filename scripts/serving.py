@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,9 +59,9 @@ class Server:
 
 
 @contextmanager
-def serve(*options: str) -> Iterator[Server]:
-    command = [sys.executable, "-c", SERVE, "serve", "--port", "0", "--device", "cpu", "--num-threads", "1"]
-    process = subprocess.Popen([*command, "--admin-socket", "none", *options], stdout=subprocess.PIPE, text=True)
+def serve(*options: str, usual: Sequence[str] = ("--device", "cpu", "--num-threads", "1")) -> Iterator[Server]:
+    command = [sys.executable, "-c", SERVE, "serve", "--port", "0", "--admin-socket", "none", *usual, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         line = next(line for line in process.stdout if line.startswith("Flover serves"))  # Ray may say something first

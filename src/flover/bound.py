@@ -48,15 +48,15 @@ def measured_limits(device: str, dtype: torch.dtype) -> Limits:
 
 def _measure(device: str, dtype: torch.dtype, num_bytes: int, width: int) -> Limits:
     data = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-    bandwidth = data.numel() * 4 / _seconds(data.sum, device)
+    bandwidth = data.numel() * 4 / median_seconds(data.sum, device)
     del data
     product = _product(device, dtype, width)
-    flops = 2 * width**3 / _seconds(product, device)
+    flops = 2 * width**3 / median_seconds(product, device)
     if device != "cuda":
         return Limits(bandwidth, flops, flops)
     until, sustained = time.monotonic() + HEAT_SECONDS, flops
     while time.monotonic() < until:
-        sustained = 2 * width**3 / _seconds(product, device)
+        sustained = 2 * width**3 / median_seconds(product, device)
     torch.cuda.empty_cache()
     return Limits(bandwidth, flops, sustained)
 
@@ -74,11 +74,11 @@ def _product(device: str, dtype: torch.dtype, width: int) -> Callable[[], Tensor
     return lambda: a @ b
 
 
-def _seconds(function: Callable[[], Any], device: str, repeats: int = 9) -> float:
-    """Median of some calls, after one."""
+def median_seconds(function: Callable[[], Any], device: str) -> float:
+    """Of nine calls, after one; on a GPU by events."""
     function()
     times: list[float] = []
-    for _ in range(repeats):
+    for _ in range(9):
         if device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")  # type: ignore[no-untyped-call]
             begin.record()
@@ -102,7 +102,7 @@ class Bound:
 
     def __init__(self, core: EngineCore, limits: Limits) -> None:
         runner = runner_of(core)
-        model: nn.Module = runner.model  # type: ignore[assignment]
+        model: nn.Module = runner.model
         self.limits = limits
         self.config: ModelConfig = core.resolved.model
         self.max_rows = core.resolved.scheduler.max_num_seqs

@@ -1,6 +1,6 @@
 """What a run did: `StepStats`, the `Timeline` of rows x steps, and the latency summary of its requests.
 
-Times are seconds on the engine's clock; TTFT, TPOT and E2E as DESIGN section 1 defines them. No torch;
+Times are seconds on the engine's clock; TTFT, TPOT and E2E as `RequestMetrics` has them. No torch;
 matplotlib is imported only to draw.
 """
 

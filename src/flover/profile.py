@@ -92,9 +92,8 @@ def decode_steps(steps: int) -> int:
     return WARM_STEPS + 2 * steps + 4
 
 
-def profile_prefill(core: EngineCore, bound: Bound, length: int, repeats: int = 3) -> Profile:
-    """Profile the prefill of one prompt of `length` tokens; the time is the best of some."""
-
+def profile_prefill(core: EngineCore, bound: Bound, length: int) -> Profile:
+    """Profile the prefill of one prompt of `length` tokens; the time is the best of three."""
     rng = random.Random()  # never the same prompt: its prefix would be cached
 
     def run() -> None:
@@ -104,7 +103,7 @@ def profile_prefill(core: EngineCore, bound: Bound, length: int, repeats: int = 
 
     run()
     best, host = float("inf"), {}
-    for _ in range(repeats):
+    for _ in range(3):
         with HostClock(core) as clock:
             started = time.perf_counter()
             run()

@@ -141,7 +141,7 @@ class Request:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Seconds on one clock; TTFT, TPOT and E2E as DESIGN section 1 defines them."""
+    """Seconds on one clock. TTFT: arrival to first token; TPOT: mean gap after it; E2E: arrival to last token."""
 
     arrival_time: float
     first_scheduled_time: float

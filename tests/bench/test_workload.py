@@ -23,7 +23,6 @@ from flover.bench.workload import (
     Normal,
     Percentiles,
     Ramp,
-    Replay,
     Uniform,
     Zipf,
     draw_lengths,
@@ -156,7 +155,6 @@ def test_other_laws() -> None:
     points = (1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 999, 1000)
     values = Percentiles(points).draw(MANY, rng())
     assert np.percentile(values, [10, 50, 90]) == pytest.approx([10, 50, 90], rel=0.03)
-    assert Replay([5, 6, 7]).draw(2, rng()).tolist() == [5, 6]
 
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import Job, as_request, echo_core, prefix_equal, random_jobs, run
@@ -109,17 +111,30 @@ def test_failure_under_load_keeps_the_rest(echo: Path) -> None:
     prefix_equal(expected, run(core, jobs), jobs)  # and the engine goes on as new
 
 
+def resident_bytes(storage: KVStorage) -> int:
+    """Of the pages that are present or swapped out (bits 63 and 62 of Linux' pagemap)."""
+    count = 0
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        for cache in storage.k + storage.v:
+            first, last = cache.data_ptr() // mmap.PAGESIZE, -(-(cache.data_ptr() + cache.nbytes) // mmap.PAGESIZE)
+            pagemap.seek(first * 8)
+            entries = np.frombuffer(pagemap.read((last - first) * 8), dtype=np.uint64)
+            count += int(np.count_nonzero(entries >> np.uint64(62)))
+    return count * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="only Linux says which pages are there")
 def test_released_tail_goes_back_to_the_system(echo: Path) -> None:
     """Slots are reserved as they are needed, given back when few are left, and taken again."""
     storage = KVStorage(2, 64, 64, 4, 64, torch.float32, torch.device("cpu"))
-    empty = storage.resident_bytes
+    empty = resident_bytes(storage)
     for cache in storage.k + storage.v:
         cache.fill_(1.0)
-    full = storage.resident_bytes
+    full = resident_bytes(storage)
     assert full - empty > 0.9 * 4 * 64 * 64 * 4 * 64 * 4
     address = storage.k[0].data_ptr()
     storage.apply([], [], 16)
-    assert storage.resident_bytes < 0.3 * full
+    assert resident_bytes(storage) < 0.3 * full
     assert torch.equal(storage.k[1][: 16 * 64], torch.ones(16 * 64, 4, 64))
     storage.apply([], [], 64)
     storage.k[0][20 * 64] = 2.0
@@ -131,20 +146,21 @@ def test_slots_are_used_again_without_end(echo: Path) -> None:
     """More requests than slots, capacity released and taken again meanwhile: a trap of the paper's release."""
     jobs = [Job([i % 97, 1], 20 + i % 7, arrival_step=(i // 40) * 60 + i % 40) for i in range(120)]
     core = echo_core(echo, kv_layout="slab", max_num_seqs=16, record_timeline=True)
-    reserved = []
+    reserved, moved = [], []
     step = core.step
 
     def watch() -> Any:
         output = step()
         if output.stats is not None:
             reserved.append(output.stats.kv_reserved_bytes)
+            moved.append(output.stats.kv_moved_bytes)
         return output
 
     core.step = watch  # type: ignore[method-assign]
     actual = run(core, jobs)
     prefix_equal(run(echo_core(echo, policy="serial"), jobs), actual, jobs)
     assert max(reserved) > 2 * min(reserved)
-    assert core.scheduler.kv.tokens_moved > 0  # type: ignore[attr-defined]
+    assert any(moved)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

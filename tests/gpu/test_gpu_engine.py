@@ -57,6 +57,32 @@ def compare(cpu: list[Any], gpu: list[Any], spread: float) -> None:
     assert parted <= 1, f"{parted} of {len(cpu)} part"
 
 
+def check_bits_alone_and_fused(llm: LLM, prompts: list[list[int]], each: list[SamplingParams]) -> None:
+    inputs: list[Any] = [{"prompt_token_ids": p} for p in prompts]
+    fused = [o.outputs[0] for o in llm.generate(inputs, each)]
+    for one, p, together in zip(inputs, each, fused):
+        alone = llm.generate(one, p)[0].outputs[0]
+        assert alone.token_ids == together.token_ids
+        assert alone.cumulative_logprob == together.cumulative_logprob
+
+
+def check_steady_steps_never_wait(llm: LLM) -> None:
+    """No call that synchronises in `step`, but the one that waits for the oldest result's own event."""
+    engine = llm.engine
+    for i in range(8):
+        engine.add_request(str(i), {"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=120, ignore_eos=True))
+    for _ in range(20):
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str, tmp_path: Path) -> None:
     hf = build(CASES[name], tmp_path)
@@ -103,13 +129,7 @@ def test_batch_invariant_is_bitwise(model: str, kv_cache_dtype: str) -> None:
     prompts = random_prompts(500)
     options: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 24, "kv_cache_dtype": kv_cache_dtype}
     with LLM(model, device="cuda", batch_invariant=True, **options) as llm:
-        inputs = [{"prompt_token_ids": p} for p in prompts]
-        each = [params(i) for i in range(len(prompts))]
-        fused = [o.outputs[0] for o in llm.generate(inputs, each)]
-        for one, p, together in zip(inputs, each, fused):
-            alone = llm.generate(one, p)[0].outputs[0]
-            assert alone.token_ids == together.token_ids
-            assert alone.cumulative_logprob == together.cumulative_logprob
+        check_bits_alone_and_fused(llm, prompts, [params(i) for i in range(len(prompts))])
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8")
@@ -141,21 +161,8 @@ def test_an_fp8_cache(options: dict[str, Any]) -> None:
 
 
 def test_steady_decode_never_waits_for_the_device() -> None:
-    """No call that synchronises in `step`, but the one that waits for the oldest result's own event."""
     with LLM("kjv-llama", device="cuda", max_num_seqs=8) as llm:
-        engine = llm.engine
-        for i in range(8):
-            engine.add_request(str(i), {"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=120, ignore_eos=True))
-        for _ in range(20):
-            engine.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(40):
-                engine.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        while engine.has_unfinished_requests():
-            engine.step()
+        check_steady_steps_never_wait(llm)
 
 
 def test_n_choices_and_prompt_logprobs() -> None:

@@ -122,7 +122,7 @@ def trace(folder: Path, **options: Any) -> Trace:
             step += 1
             if step == 80:
                 add("late", 40, 30)
-            mapped.append(storage.resident_bytes)
+            mapped.append(sum(memory.head + memory.size - memory.tail for memory, _ in storage._ranges))
             free.append(free_memory())
         assert addresses == [cache.data_ptr() for cache in storage.k + storage.v]
     return tokens, mapped, free

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_gpu_engine import compare, random_prompts, run
+from test_gpu_engine import (
+    check_bits_alone_and_fused,
+    check_steady_steps_never_wait,
+    compare,
+    random_prompts,
+    run,
+)
 
 from flover import LLM, SamplingParams
 from flover.config import CHOICES
@@ -41,14 +47,9 @@ def test_fp32_against_the_cpu(model: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_batch_invariant_is_bitwise(name: str, dtype: str) -> None:
     options: dict[str, Any] = {"dtype": dtype, "quantization": name, "max_num_seqs": 8, "max_num_batched_tokens": 24}
-    inputs = [{"prompt_token_ids": p} for p in random_prompts(500)]
-    params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0, seed=1)
+    prompts, params = random_prompts(500), SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0, seed=1)
     with LLM("kjv-llama", device="cuda", batch_invariant=True, **options) as llm:
-        fused = [o.outputs[0] for o in llm.generate(inputs, params)]
-        for one, together in zip(inputs, fused):
-            alone = llm.generate(one, params)[0].outputs[0]
-            assert alone.token_ids == together.token_ids
-            assert alone.cumulative_logprob == together.cumulative_logprob
+        check_bits_alone_and_fused(llm, prompts, [params] * len(prompts))
 
 
 def test_bf16_graphs(name: str) -> None:
@@ -61,18 +62,5 @@ def test_bf16_graphs(name: str) -> None:
             texts[quantization] = [o.outputs[0].token_ids[:2] for o in out]
             many = llm.generate(["And God said"] * 300, greedy)
             assert all(len(o.outputs[0].token_ids) == 8 for o in many)
-            engine = llm.engine
-            for i in range(8):
-                params = SamplingParams(max_tokens=80, ignore_eos=True)
-                engine.add_request(str(i), {"prompt_token_ids": [5, 6, 7]}, params)
-            for _ in range(20):
-                engine.step()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                for _ in range(30):
-                    engine.step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            while engine.has_unfinished_requests():
-                engine.step()
+            check_steady_steps_never_wait(llm)
     assert texts["none"] == texts[name]

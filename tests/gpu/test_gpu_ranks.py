@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from parity import CASES, build
-from test_gpu_engine import FAMILIES, compare, params, random_prompts, run
+from test_gpu_engine import FAMILIES, check_bits_alone_and_fused, compare, params, random_prompts, run
 
 from flover import LLM
 from flover.config import EngineConfig
@@ -137,13 +137,7 @@ def test_two_gpus_batch_invariant() -> None:
     """Statement (b) at two ranks: bits do not depend on company, whichever way a sum takes."""
     prompts = random_prompts(500)
     with LLM("kjv-llama", batch_invariant=True, max_num_seqs=8, max_num_batched_tokens=24, **TWO) as llm:
-        inputs = [{"prompt_token_ids": p} for p in prompts]
-        each = [params(i) for i in range(len(prompts))]
-        fused = [o.outputs[0] for o in llm.generate(inputs, each)]
-        for one, p, together in zip(inputs, each, fused):
-            alone = llm.generate(one, p)[0].outputs[0]
-            assert alone.token_ids == together.token_ids
-            assert alone.cumulative_logprob == together.cumulative_logprob
+        check_bits_alone_and_fused(llm, prompts, [params(i) for i in range(len(prompts))])
 
 
 def as_graphs(prompts: list[list[int]], **options: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Batch-invariant mode (DESIGN section 4, statement b): a token's logits are the same bits in any company."""
+"""Batch-invariant mode (docs/architecture.md, statement b): a token's logits are the same bits in any company."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_greedy(checkpoint: Get, name: str) -> None:
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_float64_is_much_closer(checkpoint: Get, name: str) -> None:
-    """In fp64 all layouts and chunkings agree to 1e-10 of the spread (DESIGN section 4, statement c)."""
+    """In fp64 all layouts and chunkings agree to 1e-10 of the spread (docs/architecture.md, statement c)."""
     ckpt = checkpoint(name)
     module = ckpt.load(dtype=torch.float64)
     prompts = random_prompts(ckpt.config.vocab_size, LENGTHS, seed=2)

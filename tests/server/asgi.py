@@ -63,7 +63,8 @@ def run(llm: AsyncLLM, test: Callable[[Steps, Any], Coroutine[Any, Any, None]], 
         await until(lambda: not service.load.live)
         assert service.load.rows == service.load.waiting == service.load.queued_tokens == 0
         metrics = service.metrics
-        assert metrics.accepted == sum(metrics.finished.values()) + metrics.aborted + metrics.failed
+        ended = (metrics.finished, metrics.aborted_for, metrics.failed_for)
+        assert metrics.accepted == sum(each.total() for each in ended)
         assert not llm.engine.core.has_unfinished()
         assert not llm.live_request_ids
         assert service.metrics.blocks[2] == 0

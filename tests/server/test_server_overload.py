@@ -267,7 +267,7 @@ def test_every_scrape_adds_up(llm: AsyncLLM) -> None:
         requests = asyncio.gather(*(one() for _ in range(80)))
         assert await scrape() > 20
         assert service.metrics.rejected["queue_full"] > 0
-        assert service.metrics.aborted > 0
+        assert service.metrics.aborted_for.total() > 0
         await until(lambda: service.metrics.blocks[2] == 0)
 
     run(llm, test, max_queued_requests=20)

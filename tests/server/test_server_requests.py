@@ -65,7 +65,8 @@ def test_a_client_that_goes_frees_its_rows_within_a_step(
         assert service.num_steps - begin <= 10
         if not others:
             assert service.metrics.generation_tokens - tokens <= 9 * service_rows(body)
-        assert service.metrics.aborted == len(set(service.llm.live_request_ids) - before) + num_prompts(body)
+        new = len(set(service.llm.live_request_ids) - before)
+        assert service.metrics.aborted_for.total() == new + num_prompts(body)
         await client.task
         for other in others:
             other.gone.set()

@@ -89,7 +89,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-OBJECT = st.dictionaries(st.text(max_size=5), JSON, max_size=4)
 
 
 @settings(max_examples=150, deadline=None)

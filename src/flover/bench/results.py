@@ -224,8 +224,11 @@ def _line(label: str, value: Estimate) -> str:
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def provenance(device: str | None) -> dict[str, Any]:
-    """When, with what command, versions and commit, on what machine; without a device (a client) nothing of torch."""
+def provenance(device: str | None, script: bool = False) -> dict[str, Any]:
+    """When, with what command, versions and commit, on what machine; without a device (a client) nothing of torch.
+
+    script: this process runs a script, not `flover`.
+    """
     import numpy as np
 
     here = Path(__file__).parent
@@ -236,7 +239,7 @@ def provenance(device: str | None) -> dict[str, Any]:
         commit = None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["flover", *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.argv] if script else ["flover", *sys.argv[1:]]),
         "commit": commit,
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -231,17 +231,6 @@ class Zipf:
         return 1 + np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(count)).astype(np.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """Lengths given; the first `count` of them."""
-
-    tokens: Sequence[int]
-
-    def draw(self, count: int, rng: np.random.Generator) -> Floats:
-        check(count <= len(self.tokens), "the number of requests", f"at most {len(self.tokens)}, replayed", count)
-        return np.asarray(self.tokens[:count], dtype=np.float64)
-
-
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 
 

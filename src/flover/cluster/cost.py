@@ -1,6 +1,6 @@
 """The cost model: seconds of a step and bytes of memory from bytes, FLOPs and link speeds. No torch.
 
-A step is one formula, whatever it holds (DESIGN: prefill and decode may share it). Per layer
+A step is one formula, whatever it holds (prefill and decode may share it). Per layer
     (t_bytes^p + t_flops^p)^(1/p) + KV read + two all-reduces + overhead,
 where t_bytes reads the layer's weights once and t_flops is 2 x parameters x tokens. Tensor parallelism divides
 parameters, KV heads and FLOPs by its ranks (KV heads are copied where there are fewer); pipeline stages hold

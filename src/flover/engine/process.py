@@ -6,7 +6,6 @@ with its parent: when the socket closes, and on Linux also when the parent dies 
 
 from __future__ import annotations
 
-import logging
 import socket
 import sys
 import threading
@@ -33,7 +32,6 @@ from flover.lifeline import end_soon, end_with_parent
 from flover.request import FinishReason
 
 LOST = object()  # in the inbox: a rank of the group is gone
-logger = logging.getLogger("flover")
 
 
 class EngineProcess:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +120,7 @@ class ModelRunner:
             for part in loaded.modules():
                 if isinstance(part, Linear):
                     part.pack()
-        return cast(CausalLM, loaded)
+        return loaded
 
     def wait_asleep(self) -> None:
         """On a GPU: sleep while waiting for a result instead of spinning, where threads are more than cores."""

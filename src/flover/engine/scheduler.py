@@ -1,6 +1,6 @@
 """The scheduler: decides each step who runs how many tokens, who moves and who leaves (who joins: `admission`).
 
-Source: the paper's work scheduler (DESIGN sections 3 and 4). Invariants, after every `schedule`:
+Source: the paper's work scheduler (docs/architecture.md, "The loop"). Invariants, after every `schedule`:
 live rows are exactly `[0, len(rows))` (with frozen rows among them only under reorder "off" and policy "static");
 counts are optimistic: `computed` grows when a token is scheduled, so a plan can be made while another is in flight;
 nothing is scheduled past max_tokens or the model's length, so only EOS, stop strings, NaN and aborts arrive late, and

@@ -74,11 +74,10 @@ class SlabLayout(KVLayout):
     Args:
         num_slots: slots of the device store.
         slot_tokens: tokens per slot, the longest request.
-        mode: see the module.
-        release: False reserves all slots for good, as mode `off` does.
+        mode: see the module. `off` reserves all slots for good.
     """
 
-    def __init__(self, num_slots: int, slot_tokens: int, *, mode: SlabMode, release: bool = True) -> None:
+    def __init__(self, num_slots: int, slot_tokens: int, *, mode: SlabMode) -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         if slot_tokens < 1:
@@ -88,9 +87,7 @@ class SlabLayout(KVLayout):
         self.num_blocks = num_slots
         self.block_size = slot_tokens
         self.mode: SlabMode = mode
-        self.tokens_moved = 0  # by all reorderings so far
-        self._release = release and mode != "off"
-        self._reserved = min(num_slots, MIN_RESERVED) if self._release else num_slots
+        self._reserved = num_slots if mode == "off" else min(num_slots, MIN_RESERVED)
         self._slot_of: dict[str, int] = {}
         self._key_at: list[str | None] = [None] * num_slots
         self._base = 0  # the window (off, move); in move it has holes between a leave and the next reorder
@@ -149,7 +146,7 @@ class SlabLayout(KVLayout):
         evicted = list(self._left)
         self._left.clear()
         num_live = len(self._slot_of)
-        shrink = self._release and self._reserved > max(2 * num_live, MIN_RESERVED)
+        shrink = self._reserved > max(2 * num_live, MIN_RESERVED)
         reserved = max(MIN_RESERVED, _times_one_and_a_half(num_live)) if shrink else self._reserved
         moves = self._plan(num_tokens, reserved)
         relocated = self._apply(moves)
@@ -259,7 +256,7 @@ class SlabLayout(KVLayout):
 
     def _apply(self, moves: list[RowMove]) -> dict[str, int]:
         relocated = {}
-        for src, dst, count in moves:
+        for src, dst, _ in moves:
             key = self._key_at[src]
             assert key is not None
             assert self._key_at[dst] is None
@@ -267,7 +264,6 @@ class SlabLayout(KVLayout):
             self._key_at[src], self._key_at[dst] = None, key
             self._freed.discard(dst)
             self._freed.add(src)
-            self.tokens_moved += count
         return relocated
 
     def _give_back(self, reserved: int) -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,16 +135,6 @@ class KVStorage:
             for region in self._maps:
                 region.madvise(mmap.MADV_DONTNEED, start, end - start)
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the cache that are backed by memory now (elastic on a GPU, Linux on a CPU; else the whole cache)."""
-        if self._ranges:
-            return sum(memory.mapped_bytes for memory, _ in self._ranges)
-        caches = self.k + self.v
-        if not self._maps or not Path("/proc/self/pagemap").exists():
-            return sum(cache.numel() * cache.element_size() for cache in caches)
-        return sum(_resident_pages(c.data_ptr(), c.numel() * c.element_size()) for c in caches) * mmap.PAGESIZE
-
 
 def _bytes_of(memory: VirtualRange, device: torch.device) -> Tensor:
     """All of a range as a uint8 tensor, which keeps it alive."""
@@ -158,12 +146,3 @@ def _wait_for(device: torch.device) -> None:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     event.synchronize()
-
-
-def _resident_pages(address: int, size: int) -> int:
-    """Pages in `[address, address + size)` that are present or swapped out (bits 63 and 62 of /proc/self/pagemap)."""
-    first, last = address // mmap.PAGESIZE, -(-(address + size) // mmap.PAGESIZE)
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek(first * 8)
-        entries = np.frombuffer(pagemap.read((last - first) * 8), dtype=np.uint64)
-    return int(np.count_nonzero(entries >> np.uint64(62)))

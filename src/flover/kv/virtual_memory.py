@@ -67,10 +67,6 @@ class VirtualRange:
         return self._mapped[0]
 
     @property
-    def mapped_bytes(self) -> int:
-        return self.head + self.size - self.tail
-
-    @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False), "strides": None, "version": 3}
 

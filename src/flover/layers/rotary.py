@@ -25,14 +25,14 @@ SCALINGS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def rope_parameters(hf: Mapping[str, Any], default_theta: float = 10000.0) -> dict[str, Any]:
+def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
     """rope settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta`.
 
     Raises:
         ValueError: an unknown scaling (lists the known ones); a setting it lacks or that is no number.
     """
     params = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    params.setdefault("rope_theta", hf.get("rope_theta") or hf.get("rotary_emb_base") or default_theta)
+    params.setdefault("rope_theta", hf.get("rope_theta") or hf.get("rotary_emb_base") or 10000.0)
     kind = params.pop("type", None)
     params.setdefault("rope_type", kind or "default")
     if params["rope_type"] not in SCALINGS:

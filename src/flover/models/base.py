@@ -1,6 +1,6 @@
-"""What every family shares: the model protocol, the weight-name table and `ModelConfig`'s way in.
+"""What every family shares: the model's base class, the weight-name table and `ModelConfig`'s way in.
 
-A family file holds a `nn.Module` with `forward(input_ids, positions, ctx)` and one `WEIGHTS` table from its
+A family file holds a `CausalLM` with `forward(input_ids, positions, ctx)` and one `WEIGHTS` table from its
 own parameter names to the checkpoint's. `{i}` in both stands for the layer.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flover.layers.attention import ForwardContext
+from flover.layers.embedding import LMHead
 from flover.model_config import ModelConfig
 from flover.models.checkpoint import Stored
 from flover.sharding import Part
@@ -78,24 +79,24 @@ def per_head(name: str) -> Source:
     return Source((name,), op, parts)
 
 
-class CausalLM(Protocol):
+class CausalLM(nn.Module):
     """A family. `WEIGHTS`: parameter name -> checkpoint name or `Source`. `IGNORED`: regular expressions of
     checkpoint names that carry nothing (buffers). `PREFIX`: put before checkpoint names that lack it (bare
     base-model checkpoints).
     `RENAMED`: other spellings of checkpoint names.
     """
 
-    WEIGHTS: Mapping[str, str | Source]
-    IGNORED: tuple[str, ...]
-    PREFIX: str
-    RENAMED: Mapping[str, str]
-
-    def __init__(self, config: ModelConfig) -> None: ...
+    WEIGHTS: ClassVar[Mapping[str, str | Source]] = {}
+    IGNORED: ClassVar[tuple[str, ...]] = ()
+    PREFIX: ClassVar[str] = ""
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    lm_head: LMHead
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """`[num_tokens]`, `[num_tokens]` -> hidden states `[num_tokens, hidden_size]`, final norm applied."""
-        ...
+        raise NotImplementedError
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden_size]` -> `[n, vocab_size]`."""
-        ...
+        logits: Tensor = self.lm_head(hidden)
+        return logits

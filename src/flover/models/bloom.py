@@ -9,24 +9,16 @@ from torch import Tensor, nn
 
 from flover.layers.attention import Attention, ForwardContext, alibi_slopes
 from flover.layers.embedding import LMHead, VocabEmbedding
-from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.model_config import ModelConfig
-from flover.models.base import Source, per_head
-from flover.models.gpt2 import GPT2MLP
+from flover.models.base import CausalLM, Source, per_head
+from flover.models.gpt2 import GPT2MLP, GPT2Attention
 
 
-class BloomAttention(nn.Module):
+class BloomAttention(GPT2Attention):
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim, bias=True)
-        self.out_proj = RowLinear(config.hidden_size, config.hidden_size, bias=True)
+        super().__init__(config, layer)
         self.attn = Attention(layer, config.head_dim**-0.5, alibi_slopes=alibi_slopes(config.num_heads))
-
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        q, k, v = self.qkv_proj(x)
-        out: Tensor = self.out_proj(self.attn(q, k, v, ctx))
-        return out
 
 
 class BloomBlock(nn.Module):
@@ -45,10 +37,8 @@ class BloomBlock(nn.Module):
         return normed if self.normed_residual else x, self.mlp(normed)
 
 
-class BloomForCausalLM(nn.Module):
+class BloomForCausalLM(CausalLM):
     PREFIX: ClassVar[str] = "transformer."
-    IGNORED: ClassVar[tuple[str, ...]] = ()
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "transformer.word_embeddings.weight",
         "embed_norm.weight": "transformer.word_embeddings_layernorm.weight",
@@ -87,7 +77,3 @@ class BloomForCausalLM(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

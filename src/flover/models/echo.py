@@ -1,4 +1,4 @@
-"""EchoModel: no arithmetic that rounds, so addressing can be checked bitwise (DESIGN section 4, statement a).
+"""EchoModel: no arithmetic that rounds, so addressing can be checked bitwise (statement a of docs/architecture.md).
 
 It writes every token id and its position into K and V of each layer through `store_kv`, reads each row's whole history
 back through the layout's own addressing, and its next token is an integer hash of all of it. Its tokens are equal in
@@ -18,20 +18,16 @@ from flover.kernels.reference.kv_cache import FP8, store_kv
 from flover.layers.attention import ForwardContext
 from flover.layers.base import Layer
 from flover.model_config import ModelConfig
-from flover.models.base import Source
+from flover.models.base import CausalLM
 from flover.parallel import Group
 from flover.sharding import Part, kv_split, vocab_part
 
 _MODULUS = 2_147_483_647  # products of two residues stay inside int64
 
 
-class EchoModel(Layer):
+class EchoModel(CausalLM, Layer):
     """head_dim >= 2. Logits are one-hot at the hash of the row's history."""
 
-    WEIGHTS: Mapping[str, str | Source] = {}
-    IGNORED: tuple[str, ...] = ()
-    PREFIX = ""
-    RENAMED: Mapping[str, str] = {}
     BACKEND = "torch"
 
     def __init__(self, config: ModelConfig) -> None:

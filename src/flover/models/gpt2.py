@@ -13,7 +13,7 @@ from flover.layers.embedding import Embedding, LMHead, VocabEmbedding
 from flover.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.model_config import ModelConfig
-from flover.models.base import Source, transposed
+from flover.models.base import CausalLM, Source, transposed
 
 
 class GPT2Attention(nn.Module):
@@ -33,12 +33,12 @@ class GPT2Attention(nn.Module):
 
 
 class GPT2MLP(nn.Module):
-    """Two biased layers around an activation; GPT-J, GPT-NeoX and BLOOM have the same one."""
+    """Two layers around an activation; GPT-J, GPT-NeoX, BLOOM and OPT have the same one."""
 
-    def __init__(self, config: ModelConfig, size: int, activation: str) -> None:
+    def __init__(self, config: ModelConfig, size: int, activation: str, bias: bool = True) -> None:
         super().__init__()
-        self.up_proj = ColumnLinear(config.hidden_size, [size], bias=True)
-        self.down_proj = RowLinear(size, config.hidden_size, bias=True)
+        self.up_proj = ColumnLinear(config.hidden_size, [size], bias)
+        self.down_proj = RowLinear(size, config.hidden_size, bias)
         self.act = Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,10 +62,9 @@ class GPT2Block(nn.Module):
         return x, self.mlp(normed)
 
 
-class GPT2LMHeadModel(nn.Module):
+class GPT2LMHeadModel(CausalLM):
     PREFIX: ClassVar[str] = "transformer."
     IGNORED: ClassVar[tuple[str, ...]] = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "transformer.wte.weight",
         "embed_positions.weight": "transformer.wpe.weight",
@@ -104,7 +103,3 @@ class GPT2LMHeadModel(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

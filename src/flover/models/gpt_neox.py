@@ -13,14 +13,15 @@ from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
 from flover.model_config import ModelConfig
-from flover.models.base import Source, per_head
+from flover.models.base import CausalLM, Source, per_head
 from flover.models.gpt2 import GPT2MLP
 
 
 class GPTNeoXAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    """GPT-J has the same one, without biases."""
+
+    def __init__(self, config: ModelConfig, layer: int, bias: bool) -> None:
         super().__init__()
-        bias = bool(config.hf.get("attention_bias", True))
         self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim, bias)
         self.out_proj = RowLinear(config.hidden_size, config.hidden_size, bias)
         self.attn = Attention(layer, config.head_dim**-0.5)
@@ -36,7 +37,7 @@ class GPTNeoXBlock(nn.Module):
         super().__init__()
         eps = float(config.hf.get("layer_norm_eps", 1e-5))
         self.input_norm = LayerNorm(config.hidden_size, eps)
-        self.self_attn = GPTNeoXAttention(config, layer)
+        self.self_attn = GPTNeoXAttention(config, layer, bool(config.hf.get("attention_bias", True)))
         self.post_norm = LayerNorm(config.hidden_size, eps)
         self.mlp = GPT2MLP(config, config.positive("intermediate_size"), str(config.hf.get("hidden_act", "gelu")))
         self.parallel = bool(config.hf.get("use_parallel_residual", True))
@@ -52,7 +53,7 @@ class GPTNeoXBlock(nn.Module):
         return x, self.mlp(normed)
 
 
-class GPTNeoXForCausalLM(nn.Module):
+class GPTNeoXForCausalLM(CausalLM):
     PREFIX: ClassVar[str] = "gpt_neox."
     IGNORED: ClassVar[tuple[str, ...]] = (
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
@@ -97,7 +98,3 @@ class GPTNeoXForCausalLM(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, rotary, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

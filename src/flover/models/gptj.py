@@ -7,34 +7,21 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from flover.layers.attention import Attention, ForwardContext
+from flover.layers.attention import ForwardContext
 from flover.layers.embedding import LMHead, VocabEmbedding
-from flover.layers.linear import QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables
 from flover.model_config import ModelConfig
-from flover.models.base import Source, join
+from flover.models.base import CausalLM, Source, join
 from flover.models.gpt2 import GPT2MLP
-
-
-class GPTJAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim)
-        self.out_proj = RowLinear(config.hidden_size, config.hidden_size)
-        self.attn = Attention(layer, config.head_dim**-0.5)
-
-    def forward(self, x: Tensor, rotary: RotaryTables, ctx: ForwardContext) -> Tensor:
-        q, k, v = self.qkv_proj(x)
-        out: Tensor = self.out_proj(self.attn(q, k, v, ctx, rotary))
-        return out
+from flover.models.gpt_neox import GPTNeoXAttention
 
 
 class GPTJBlock(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_epsilon", 1e-5)))
-        self.self_attn = GPTJAttention(config, layer)
+        self.self_attn = GPTNeoXAttention(config, layer, bias=False)
         size = config.positive("n_inner", 4 * config.hidden_size)
         self.mlp = GPT2MLP(config, size, str(config.hf.get("activation_function", "gelu_new")))
 
@@ -45,10 +32,9 @@ class GPTJBlock(nn.Module):
         return x, self.self_attn(normed, rotary, ctx) + self.mlp(normed)
 
 
-class GPTJForCausalLM(nn.Module):
+class GPTJForCausalLM(CausalLM):
     PREFIX: ClassVar[str] = "transformer."
     IGNORED: ClassVar[tuple[str, ...]] = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)",)
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "transformer.wte.weight",
         "layers.{i}.input_norm.weight": "transformer.h.{i}.ln_1.weight",
@@ -86,7 +72,3 @@ class GPTJForCausalLM(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, rotary, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

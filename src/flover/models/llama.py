@@ -14,7 +14,7 @@ from flover.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from flover.layers.norm import RMSNorm
 from flover.layers.rotary import Rotary, RotaryTables, rope_parameters
 from flover.model_config import ModelConfig
-from flover.models.base import Source, join
+from flover.models.base import CausalLM, Source, join
 
 
 class LlamaAttention(nn.Module):
@@ -72,12 +72,11 @@ class LlamaBlock(nn.Module):
         return x, self.mlp(normed)
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(CausalLM):
     """Parameters as in `WEIGHTS`; families that differ only in a detail subclass it and say that detail."""
 
     PREFIX: ClassVar[str] = "model."
     IGNORED: ClassVar[tuple[str, ...]] = (r".*rotary_emb\.inv_freq",)
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "model.embed_tokens.weight",
         "layers.{i}.input_norm.weight": "model.layers.{i}.input_layernorm.weight",
@@ -120,7 +119,3 @@ class LlamaForCausalLM(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, rotary, ctx)
         return self.norm.add(x, delta)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out

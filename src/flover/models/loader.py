@@ -80,12 +80,12 @@ def load_model(
     backend: str = "torch",
     quantization: str = "none",
     group: Group = ALONE,
-) -> nn.Module:
+) -> CausalLM:
     """The family's module on `device` in `dtype`, in eval mode, nothing requiring a gradient.
 
     Args:
         folder: of the checkpoint; not read when load_format is "dummy".
-        batch_invariant: fixed shapes for matrix products and activations (DESIGN section 4, statement b).
+        batch_invariant: fixed shapes for matrix products and activations (docs/architecture.md, statement b).
         load_format: "auto" reads the checkpoint, "dummy" draws weights from `seed` (for benchmarks).
         backend: whose functions the layers call (`kernels.dispatch`).
         quantization: of the blocks' linear layers, as in `EngineConfig`; each is quantised as it arrives.
@@ -147,14 +147,13 @@ def weight_parts(
     return {"layer": layer, "head": head, "embedding": one["embedding"]}
 
 
-def _skeleton(config: ModelConfig, folder: Path | str, quantization: str) -> nn.Module:
+def _skeleton(config: ModelConfig, folder: Path | str, quantization: str) -> CausalLM:
     """The family's module without any memory behind its parameters."""
     try:
         with torch.device("meta"):
             module = model_class(config.architecture)(config)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"config.json of {folder} has a value of the wrong type, or lacks one: {error}") from None
-    assert isinstance(module, nn.Module)
     for name, part in module.named_modules():
         if isinstance(part, Linear) and name.startswith("layers."):  # not the output head, nor OPT's projections
             part.quantization = quantization

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from flover.layers.activation import Activation
 from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import Embedding, LMHead, VocabEmbedding
-from flover.layers.linear import ColumnLinear, Linear, QKVLinear, RowLinear
+from flover.layers.linear import Linear, QKVLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.model_config import ModelConfig
-from flover.models.base import Source, join
+from flover.models.base import CausalLM, Source, join
+from flover.models.gpt2 import GPT2MLP
 
 POSITION_OFFSET = 2  # fairseq kept the first two positions for padding
 
@@ -33,17 +33,11 @@ class OPTBlock(nn.Module):
         self.out_proj = RowLinear(hidden, hidden, bias)
         self.attn = Attention(layer, config.head_dim**-0.5)
         self.mlp_norm = opt_norm(config)
-        self.up_proj = ColumnLinear(hidden, [size], bias)
-        self.act = Activation(str(config.hf.get("activation_function", "relu")))
-        self.down_proj = RowLinear(size, hidden, bias)
+        self.mlp = GPT2MLP(config, size, str(config.hf.get("activation_function", "relu")), bias)
 
     def attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         q, k, v = self.qkv_proj(x)
         out: Tensor = self.out_proj(self.attn(q, k, v, ctx))
-        return out
-
-    def mlp(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.act(self.up_proj(x)))
         return out
 
     def forward(self, x: Tensor, delta: Tensor | None, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
@@ -55,10 +49,8 @@ class OPTBlock(nn.Module):
         return self.mlp_norm.add(x, self.mlp(x))[0], None
 
 
-class OPTForCausalLM(nn.Module):
+class OPTForCausalLM(CausalLM):
     PREFIX: ClassVar[str] = "model."
-    IGNORED: ClassVar[tuple[str, ...]] = ()
-    RENAMED: ClassVar[Mapping[str, str]] = {}
     WEIGHTS: ClassVar[Mapping[str, str | Source]] = {
         "embed.weight": "model.decoder.embed_tokens.weight",
         "embed_positions.weight": "model.decoder.embed_positions.weight",
@@ -71,10 +63,10 @@ class OPTForCausalLM(nn.Module):
         "layers.{i}.out_proj.bias": "model.decoder.layers.{i}.self_attn.out_proj.bias",
         "layers.{i}.mlp_norm.weight": "model.decoder.layers.{i}.final_layer_norm.weight",
         "layers.{i}.mlp_norm.bias": "model.decoder.layers.{i}.final_layer_norm.bias",
-        "layers.{i}.up_proj.weight": "model.decoder.layers.{i}.fc1.weight",
-        "layers.{i}.up_proj.bias": "model.decoder.layers.{i}.fc1.bias",
-        "layers.{i}.down_proj.weight": "model.decoder.layers.{i}.fc2.weight",
-        "layers.{i}.down_proj.bias": "model.decoder.layers.{i}.fc2.bias",
+        "layers.{i}.mlp.up_proj.weight": "model.decoder.layers.{i}.fc1.weight",
+        "layers.{i}.mlp.up_proj.bias": "model.decoder.layers.{i}.fc1.bias",
+        "layers.{i}.mlp.down_proj.weight": "model.decoder.layers.{i}.fc2.weight",
+        "layers.{i}.mlp.down_proj.bias": "model.decoder.layers.{i}.fc2.bias",
         "norm.weight": "model.decoder.final_layer_norm.weight",
         "norm.bias": "model.decoder.final_layer_norm.bias",
         "project_out.weight": "model.decoder.project_out.weight",

@@ -18,7 +18,7 @@ SERVER = "server_error"
 class ApiError(Exception):
     """What a client is told: an HTTP status and the fields of OpenAI's error object.
 
-    partial: an answer that was cut off, given beside the error.
+    partial: an answer that was cut off, given beside the error; set by who has it.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
-        partial: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.kind, self.param, self.code = status, kind, param, code
-        self.message, self.headers, self.partial = " ".join(message.split()), headers, partial
+        self.message, self.headers = " ".join(message.split()), headers
+        self.partial: Mapping[str, Any] | None = None
 
     @property
     def body(self) -> dict[str, Any]:

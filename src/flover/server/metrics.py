@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,6 +22,7 @@ from flover.server.histogram import GAPS, LATENCY, TOKENS, Histogram
 from flover.server.load import Live, Load
 from flover.server.records import EndRecord, Listener
 
+Kind = type[GaugeMetricFamily | CounterMetricFamily]
 PREFIXES = {"flover": "flover:", "vllm": "vllm:"}  # --metrics-compat
 
 
@@ -53,14 +55,6 @@ class Metrics(Collector):
         )
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
-
-    @property
-    def aborted(self) -> int:
-        return sum(self.aborted_for.values())
-
-    @property
-    def failed(self) -> int:
-        return sum(self.failed_for.values())
 
     # ---- as an observer ----------------------------------------------------------------------------------------------
 
@@ -185,24 +179,25 @@ class Metrics(Collector):
             yield family
 
     def _families(self) -> Iterator[Metric]:
+        gauge, counter = partial(self._family, GaugeMetricFamily), partial(self._family, CounterMetricFamily)
         load, free_cached_used = self.load, dict(zip(("free", "cached", "used"), self.blocks))
-        yield self._gauge("num_requests_live", "Prompts that have not ended.", len(load.live))
-        yield self._gauge("num_requests_running", "Rows in the running batch.", load.running)
-        yield self._gauge("num_requests_waiting", "Rows that wait for a place in it.", load.waiting)
-        yield self._gauge("queue_tokens", "Prompt tokens of prompts that have no token yet.", load.queued_tokens)
-        yield self._gauge("kv_cache_usage_perc", "KV cache usage; 1 means 100 percent.", self.kv_usage)
-        yield self._gauge("kv_blocks", "Blocks of the KV cache after the last step.", free_cached_used, "state")
-        yield self._counter("request_accepted", "Prompts that were queued.", self.accepted)
-        yield self._counter("request_success", "Prompts that finished.", self.finished, "finished_reason")
-        yield self._counter("request_rejected", "Requests refused for load.", self.rejected, "reason")
-        yield self._counter("request_aborted", "Prompts that were withdrawn.", self.aborted_for, "reason")
-        yield self._counter("request_failed", "Prompts that ended with an error.", self.failed_for, "reason")
-        yield self._counter("prompt_tokens", "Prompt tokens computed or cached.", self.prompt_tokens)
-        yield self._counter("generation_tokens", "Tokens generated.", self.generation_tokens)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", self.prompt_tokens)
-        yield self._counter("prefix_cache_hits", "Of them, found; when a prompt ends.", self.cached_tokens)
-        yield self._counter("num_preemptions", "Rows preempted.", self.preemptions)
-        yield self._counter("engine_restarts", "Engines started after one died.", self.restarts)
+        yield gauge("num_requests_live", "Prompts that have not ended.", len(load.live))
+        yield gauge("num_requests_running", "Rows in the running batch.", load.running)
+        yield gauge("num_requests_waiting", "Rows that wait for a place in it.", load.waiting)
+        yield gauge("queue_tokens", "Prompt tokens of prompts that have no token yet.", load.queued_tokens)
+        yield gauge("kv_cache_usage_perc", "KV cache usage; 1 means 100 percent.", self.kv_usage)
+        yield gauge("kv_blocks", "Blocks of the KV cache after the last step.", free_cached_used, "state")
+        yield counter("request_accepted", "Prompts that were queued.", self.accepted)
+        yield counter("request_success", "Prompts that finished.", self.finished, "finished_reason")
+        yield counter("request_rejected", "Requests refused for load.", self.rejected, "reason")
+        yield counter("request_aborted", "Prompts that were withdrawn.", self.aborted_for, "reason")
+        yield counter("request_failed", "Prompts that ended with an error.", self.failed_for, "reason")
+        yield counter("prompt_tokens", "Prompt tokens computed or cached.", self.prompt_tokens)
+        yield counter("generation_tokens", "Tokens generated.", self.generation_tokens)
+        yield counter("prefix_cache_queries", "Prompt tokens looked up.", self.prompt_tokens)
+        yield counter("prefix_cache_hits", "Of them, found; when a prompt ends.", self.cached_tokens)
+        yield counter("num_preemptions", "Rows preempted.", self.preemptions)
+        yield counter("engine_restarts", "Engines started after one died.", self.restarts)
         for name, help, histogram in (
             ("time_to_first_token_seconds", "Arrival to first token.", self._ttft),
             ("inter_token_latency_seconds", "Between tokens of a prompt.", self._itl),
@@ -219,20 +214,11 @@ class Metrics(Collector):
         ):
             yield histogram.family(self._prefix + name, help)
 
-    def _gauge(self, name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
+    def _family(self, kind: Kind, name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
         """`value` is one number, or one for each value of the label."""
         if not isinstance(value, Mapping):
-            return GaugeMetricFamily(self._prefix + name, help, value=value)
-        family = GaugeMetricFamily(self._prefix + name, help, labels=[label])
-        for each, count in value.items():
-            family.add_metric([each], count)
-        return family
-
-    def _counter(self, name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
-        """The same."""
-        if not isinstance(value, Mapping):
-            return CounterMetricFamily(self._prefix + name, help, value=value)
-        family = CounterMetricFamily(self._prefix + name, help, labels=[label])
+            return kind(self._prefix + name, help, value=value)
+        family = kind(self._prefix + name, help, labels=[label])
         for each, count in value.items():
             family.add_metric([each], count)
         return family

@@ -27,7 +27,6 @@ NOT_HERE = NOT_YET | {
     "store": (None, False, True),  # asked for by default; this server has no store
 }
 LOGPROBS = "message.output_text.logprobs"  # in `include`; what else can be is of tools, images and reasoning
-UNSAID = {"description": None, "parameters": None, "strict": None}  # of a tool
 ECHOED = ("instructions", "max_output_tokens", "user")
 
 

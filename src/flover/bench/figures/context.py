@@ -168,12 +168,12 @@ class Bench:
         """Requests of the largest workload of the figures 4, progress and 8."""
         return max(self.scale.requests)
 
-    def jobs(self, model: str, count: int, num_output: int, arrivals: Any = None, lengths: Any = None) -> list[Job]:
+    def jobs(self, model: str, count: int, num_output: int, arrivals: Any = None) -> list[Job]:
         """Job i has the same prompt in every figure, so one serial run is the reference of all."""
         vocab = int(self.scale.shapes[model]["vocab_size"])
-        outputs = lengths or fixed(num_output)
         limit = self.scale.num_prompt + num_output
-        return make_jobs(arrivals or Interval(0), fixed(self.scale.num_prompt), outputs, count, vocab, self.seed, limit)
+        laws = arrivals or Interval(0), fixed(self.scale.num_prompt), fixed(num_output)
+        return make_jobs(*laws, count, vocab, self.seed, limit)
 
     def reference(self, model: str, num_output: int) -> Data:
         """Serial, all at once: `tokens` of each request, its `service` seconds, and the `single` request's (median).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from flover.bench.figures.digests import Data
 from flover.bench.figures.pieces import Todo
 from flover.bench.figures.scale import SHAPES
 from flover.bench.plans import INDEX_SELECT, PLANS, Plan, Visit, index_select_tokens, replay
+from flover.bound import median_seconds
 from flover.kernels.dispatch import backend_for, load_backend
 from flover.kv.storage import KVStorage
 from flover.model_config import ModelConfig
@@ -167,7 +168,7 @@ def copy_rows(bench: Bench, traces: Sequence[Data]) -> tuple[list[Data], list[st
             ops = load_backend(backend)
             caches = cache.k + cache.v
             copy = partial(ops.copy_blocks, caches, [(5, 1, tokens)], length)
-            ms = _milliseconds(copy, device) * layers / kept
+            ms = median_seconds(copy, device.type) * 1e3 * layers / kept
             size = tokens * 2 * layers * heads * dim * dtype.itemsize
             for row in traces:
                 if row["max_len"] == length and row["pace"] == "spread":
@@ -188,25 +189,6 @@ def copy_rows(bench: Bench, traces: Sequence[Data]) -> tuple[list[Data], list[st
             break
     notes.append("ms_a_move: half of max_len, all layers, one launch; read and written bytes count for gb_per_s.")
     return rows, notes
-
-
-def _milliseconds(function: Callable[[], Any], device: torch.device, repeats: int = 9) -> float:
-    """Median; on a GPU by events."""
-    function()
-    spent = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")  # type: ignore[no-untyped-call]
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            spent.append(float(begin.elapsed_time(end)))
-        else:
-            started = time.perf_counter()
-            function()
-            spent.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(spent)
 
 
 def _verdict(traces: Sequence[Data], calls: Sequence[Data]) -> str:
