@@ -7,8 +7,8 @@ import pytest
 from flover.bench.batcher import BatchQueue
 
 
-def filled(delay: float, max_batch: int, arrivals: list[float]) -> BatchQueue:
-    queue = BatchQueue(delay, max_batch)
+def filled(delay: float, max_batch: int, arrivals: list[float], preferred: tuple[int, ...] = ()) -> BatchQueue:
+    queue = BatchQueue(delay, max_batch, preferred)
     for i, arrival in enumerate(arrivals):
         queue.push(i, arrival)
     return queue
@@ -36,3 +36,24 @@ def test_a_full_batch_goes_at_once_and_the_rest_waits_for_its_own_oldest() -> No
     assert queue.pop(0.7) == []
     assert queue.due == 2.7
     assert queue.pop(2.7) == [2]
+
+
+def test_the_largest_preferred_size_that_is_reached_goes_at_once() -> None:
+    queue = filled(2.0, 8, [0.0] * 7, preferred=(2, 4))
+    assert queue.pop(0.1) == [0, 1, 2, 3]
+    assert queue.pop(0.1) == [4, 5]
+    assert queue.pop(0.1) == []
+    assert queue.pop(2.0) == [6]
+
+
+def test_once_the_delay_is_over_more_than_a_preferred_size_goes() -> None:
+    assert filled(2.0, 8, [0.0] * 7, preferred=(2, 4)).pop(2.0) == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("delay", "max_batch", "preferred", "named"),
+    [(-1.0, 4, (), "-1.0"), (float("nan"), 4, (), "nan"), (0.0, 0, (), "0"), (0.0, 4, (5,), "5"), (0.0, 4, (0,), "0")],
+)
+def test_bad_settings_are_refused(delay: float, max_batch: int, preferred: tuple[int, ...], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        BatchQueue(delay, max_batch, preferred)

@@ -137,8 +137,9 @@ def test_a_server_gets_token_ids_greedy_and_without_eos() -> None:
 
 def test_a_job_is_not_sent_before_it_arrives() -> None:
     with serving() as server:
-        result = make_system(server.name, KJV).run([Job(0.0, (1,), 1), Job(0.3, (2,), 1)])
+        result = make_system(server.name, KJV, model="mine").run([Job(0.0, (1,), 1), Job(0.3, (2,), 1)])
     assert result.records[0].times[0] < 0.3 <= result.records[1].times[0]
+    assert server.bodies[0]["model"] == "mine"
 
 
 def test_a_server_without_ids_is_counted_by_its_usage() -> None:

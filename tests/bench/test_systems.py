@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -48,8 +49,8 @@ def workload(count: int = 9, gap: float = 0.004, seed: int = 0) -> list[Job]:
     return [Job(gap * i, prompt, rng.choice((1, 7, 40))) for i, prompt in enumerate(prompts)]
 
 
-def run(name: str, config: EngineConfig, jobs: list[Job]) -> Run:
-    system = make_system(name, config)
+def run(name: str, config: EngineConfig, jobs: list[Job], **options: Any) -> Run:
+    system = make_system(name, config, **options)
     try:
         return system.run(jobs)
     finally:
@@ -134,10 +135,24 @@ def test_a_window_makes_a_batch_that_leaves_together(echo: EngineConfig) -> None
     assert max(step.num_dead_rows for step in result.steps) == 2  # the short ones wait for the long one
 
 
+def test_streamed_tokens_keep_their_own_times(echo: EngineConfig) -> None:
+    jobs = [Job(0.0, (1, 2), 5), Job(0.0, (3,), 40)]
+    short, long = run("dynamic", echo, jobs, stream=True).records
+    assert short.times[-1] < long.times[-1]
+    assert len(set(long.times)) == 40
+
+
 def test_who_comes_while_a_batch_runs_waits_for_its_end(echo: EngineConfig) -> None:
     jobs = [Job(0.0, (1,), 90), Job(0.002, (2,), 2), Job(0.012, (3,), 6)]
     first, second, third = run("dynamic", echo, jobs).records
     assert second.times[-1] == third.times[-1] > first.times[-1]  # and then they are a batch
+
+
+def test_a_preferred_size_does_not_wait(echo: EngineConfig) -> None:
+    jobs = [Job(0.0, (1,), 3), Job(0.0, (2,), 3), Job(0.0, (3,), 3)]
+    records = run("dynamic:300ms", echo, jobs, preferred=(2,)).records
+    assert records[0].times == records[1].times
+    assert records[1].times[-1] < 0.3 <= records[2].times[0]
 
 
 def test_a_batch_with_more_prompt_than_a_step_takes_is_still_one_batch(echo: EngineConfig) -> None:
@@ -309,6 +324,11 @@ def test_a_name_that_is_not_known_is_refused_in_one_line(echo: EngineConfig, nam
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=said):
         check_name(name)
+
+
+def test_an_unknown_option_is_refused(echo: EngineConfig) -> None:
+    with pytest.raises(ValueError, match="dynamic has no option 'window'; it has stream, preferred, max_batch"):
+        make_system("dynamic", echo, window=2)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("50ms", 0.05), ("2s", 2.0), ("16", 16.0), ("0.5s", 0.5), ("0", 0.0)])

@@ -218,21 +218,40 @@ class EngineSystem:
 class DynamicSystem(EngineSystem):
     """Batches of a `BatchQueue` that join together and leave together: a finished row computes on until the last ends.
 
-    A request's tokens are all there when its batch ends, as behind Triton without decoupled mode. No prompt is padded
-    to its batch's longest, which is kinder than FasterTransformer without ragged input.
+    No prompt is padded to its batch's longest, which is kinder than FasterTransformer without ragged input.
+
+    Args:
+        delay: seconds, `BatchQueue`.
+        stream: False: a request's tokens are all there when its batch ends, as behind Triton without decoupled mode;
+            True: each when it is made.
+        preferred, max_batch: `BatchQueue`; max_batch is max_num_seqs unless given.
     """
 
-    def __init__(self, name: str, config: EngineConfig, delay: float) -> None:
-        self.delay, self.max_batch = delay, config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    def __init__(
+        self,
+        name: str,
+        config: EngineConfig,
+        delay: float,
+        stream: bool = False,
+        preferred: Sequence[int] = (),
+        max_batch: int | None = None,
+    ) -> None:
+        self.max_batch = max_batch or config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+        self.delay, self.preferred, self.stream = delay, tuple(preferred), stream
+        self._queue()  # refuses bad sizes before a model is loaded
         super().__init__(name, replace(config, policy="static", max_num_seqs=self.max_batch))
+
+    def _queue(self) -> BatchQueue:
+        return BatchQueue(self.delay, self.max_batch, self.preferred)
 
     def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
         """As `EngineSystem.run`."""
-        feed = Batches(jobs, BatchQueue(self.delay, self.max_batch))
+        feed = Batches(jobs, self._queue())
         run = self._run(jobs, feed, progress)
-        for batch in feed.batches:
-            records = [run.records[i] for i in batch]
-            end = max((record.times[-1] for record in records if record.times), default=0.0)
-            for record in records:
-                record.times = [end] * len(record.times)
+        if not self.stream:
+            for batch in feed.batches:
+                records = [run.records[i] for i in batch]
+                end = max((record.times[-1] for record in records if record.times), default=0.0)
+                for record in records:
+                    record.times = [end] * len(record.times)
         return run

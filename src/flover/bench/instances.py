@@ -225,12 +225,13 @@ class ConcurrentSystem(InstancesSystem):
     Args:
         config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
         count: instances; None: 32, or as many as max_num_seqs, the memory or, on a CPU, its cores allow.
+        asleep: instances sleep while a GPU computes, and do not spin; None: if they are more than the cores.
 
     Raises:
         ValueError: more than fit, with what they need and how many would; or as `EngineCore`.
     """
 
-    def __init__(self, name: str, config: EngineConfig, count: int | None = None) -> None:
+    def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
         cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
         config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
         folder, model_config, hardware, weights = survey(config)
@@ -247,13 +248,15 @@ class ConcurrentSystem(InstancesSystem):
             )
         if on_cpu:  # the instance computes in `submit`: nothing would overlap
             config = replace(config, overlap_depth=0)
+        if asleep is None:
+            asleep = count > cores
         threads = config.num_threads or torch.get_num_threads()
         super().__init__(name, count)
         model: CausalLM | None = None
         try:
             for worker in self._workers:
                 settings = replace(config, num_threads=None), resolved, folder
-                arguments = *settings, max(1, threads // count), count > cores, model
+                arguments = *settings, max(1, threads // count), asleep, model
                 instance = worker.submit(Instance, *arguments).result()
                 self.instances.append(instance)
                 model = instance.model

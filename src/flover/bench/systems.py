@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from flover.bench.records import Run, System
 from flover.config import EngineConfig
@@ -50,20 +51,22 @@ class SystemMissing(ValueError):  # noqa: N818  a gap in a table rather than a m
     """An outside system that is not here: a package that is not installed, a server that does not answer."""
 
 
-def make_system(name: str, config: EngineConfig) -> System:
+def make_system(name: str, config: EngineConfig, **options: Any) -> System:
     """Load a system, ready to run.
 
     Args:
         name: see the module.
         config: of the engine. What a system is defined by (policy, rows, layout) it sets itself.
+        options: of `dynamic`: stream, preferred, max_batch (`engines.DynamicSystem`); of `concurrent`: asleep
+            (`instances.ConcurrentSystem`); of `openai`: model, timeout, max_concurrency (`outside.OpenAISystem`).
 
     Raises:
         SystemMissing: an outside system that is not here.
-        ValueError: an unknown name, or anything wrong with settings, checkpoint or memory; one line.
+        ValueError: an unknown name or option, or anything wrong with settings, checkpoint or memory; one line.
     """
     check_name(name)
     kind, _, detail = name.partition(":")
-    makers: dict[str, Callable[[str, str, EngineConfig], System]] = {
+    makers: dict[str, Callable[[str, str, EngineConfig, dict[str, Any]], System]] = {
         "serial": _serial,
         "fused": _fused,
         "dynamic": _dynamic,
@@ -72,7 +75,7 @@ def make_system(name: str, config: EngineConfig) -> System:
         "transformers": _transformers,
         "openai": _openai,
     }
-    return makers[kind](name, detail, config)
+    return makers[kind](name, detail, config, options)
 
 
 def check_name(name: str) -> None:
@@ -127,15 +130,23 @@ def _unknown(name: str) -> ValueError:
     return ValueError(f"unknown system {name!r}; known: {', '.join(NAMES)}")
 
 
-def _serial(name: str, detail: str, config: EngineConfig) -> System:
+def _only(name: str, options: dict[str, Any], *known: str) -> None:
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}" + (f"; it has {', '.join(known)}" if known else ""))
+
+
+def _serial(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.engines import EngineSystem
 
+    _only(name, options)
     return EngineSystem(name, replace(config, policy="serial", max_num_seqs=1))
 
 
-def _fused(name: str, detail: str, config: EngineConfig) -> System:
+def _fused(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.engines import EngineSystem
 
+    _only(name, options)
     if (ranks := RANKS.search(name)) is not None:
         config, detail = replace(config, tensor_parallel_size=int(ranks[1])), RANKS.sub("", detail)
     if detail == "paged":
@@ -145,31 +156,36 @@ def _fused(name: str, detail: str, config: EngineConfig) -> System:
     return EngineSystem(name, replace(config, policy="fused"))
 
 
-def _dynamic(name: str, detail: str, config: EngineConfig) -> System:
+def _dynamic(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.engines import DynamicSystem
 
-    return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0)
+    _only(name, options, "stream", "preferred", "max_batch")
+    return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0, **options)
 
 
-def _concurrent(name: str, detail: str, config: EngineConfig) -> System:
+def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.instances import ConcurrentSystem
 
-    return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None)
+    _only(name, options, "asleep")
+    return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None, **options)
 
 
-def _processes(name: str, detail: str, config: EngineConfig) -> System:
+def _processes(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.processes import ProcessesSystem
 
+    _only(name, options)
     return ProcessesSystem(name, config, parse_count(name, detail) if detail else None)
 
 
-def _transformers(name: str, detail: str, config: EngineConfig) -> System:
+def _transformers(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.outside import TransformersBatchSystem, TransformersSystem
 
+    _only(name, options)
     return (TransformersBatchSystem if detail else TransformersSystem)(name, config)
 
 
-def _openai(name: str, detail: str, config: EngineConfig) -> System:
+def _openai(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.outside import OpenAISystem
 
-    return OpenAISystem(name, detail)
+    _only(name, options, "model", "timeout", "max_concurrency")
+    return OpenAISystem(name, detail, **options)
