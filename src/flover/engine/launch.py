@@ -65,6 +65,19 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     return Launch(rank, size, local_rank, local_size, given.get("MASTER_ADDR", "127.0.0.1"), port, agent)
 
 
+def check_size(size: int) -> None:
+    """ValueError if torchrun has started another number of ranks than the settings are for.
+
+    Of one rank, only where the others have come to serve this command: a program of one's own may run an engine in each.
+    """
+    launch = launched()
+    if launch is not None and launch.size != size and (size > 1 or COMMAND in os.environ):
+        raise ValueError(
+            f"the settings are for {size} rank{'s' if size > 1 else ''}, but {launch.size} were started; "
+            "they must be as many (-tp times -pp)"
+        )
+
+
 def ranks_here(size: int) -> int:
     """Of a group of that size, how many run on this machine."""
     launch = launched()
