@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -28,3 +30,18 @@ def test_settings_survive(command: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert main(command.split()) == 0
     assert main(["serve", *arguments(*given[0])]) == 0
     assert given[0] == given[1]
+
+
+def test_replicas_take_the_keys_of_the_command_line_and_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    for name, taken in (
+        ("flover.cli.cluster._listener", lambda *_: nullcontext()),
+        ("flover.cli.cluster._serve", lambda *_: 0),
+        ("flover.cluster.ray.connected", lambda *_: nullcontext()),
+        ("flover.cluster.ray.up", lambda *_: given.append(os.environ["FLOVER_API_KEY"])),
+        ("flover.cluster.ray.down", lambda *_: True),
+    ):
+        monkeypatch.setattr(name, taken)
+    monkeypatch.setenv("FLOVER_API_KEY", "a,b")
+    assert main(["serve", "--replicas", "1", "--api-key", "c"]) == 0
+    assert given == ["c,a,b"]

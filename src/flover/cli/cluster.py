@@ -30,12 +30,13 @@ def run_replicas(
     settings: Mapping[str, Any],
 ) -> int:
     """`flover serve --replicas`: replicas and an ingress for as long as this process lives. -> exit code."""
+    from flover.cli.serve import KEYS, all_keys
     from flover.cluster.ray import ClusterConfig, connected, down, up
 
     config = ClusterConfig(**settings)
     with _listener(server["host"], server["port"]) as listener, connected(config.address):
-        if api_keys:
-            os.environ["FLOVER_API_KEY"] = ",".join(api_keys)
+        if keys := all_keys(api_keys):
+            os.environ[KEYS] = ",".join(keys)
         drain = server["drain_timeout"]
         up(config, arguments(model, server, engine), engine.get("tensor_parallel_size", 1), drain)
         try:

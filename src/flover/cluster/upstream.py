@@ -9,7 +9,8 @@ from types import TracebackType
 import httptools
 
 CONNECT_SECONDS = 3.0
-HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"content-length", b"host"}
+# headers of one connection; a body that was expected is all here
+HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"content-length", b"host", b"expect"}
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -27,7 +28,7 @@ class Upstream:
         self._parser = httptools.HttpResponseParser(self)
         self._writer: asyncio.StreamWriter | None = None
         self._pieces: list[bytes] = []
-        self._begun = self._complete = False
+        self._begun = self._complete = self._head_only = False
         self.headers: Headers = []
 
     async def __aenter__(self) -> Upstream:
@@ -47,6 +48,7 @@ class Upstream:
         """Send it and read the answer's head. UpstreamError if there is none."""
         kept = [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP]
         host, port = self._address
+        self._head_only = method == "HEAD"
         kept += [(b"host", f"{host}:{port}".encode()), (b"connection", b"close")]
         kept.append((b"content-length", str(len(body)).encode()))
         head = b"".join(b"%s: %s\r\n" % pair for pair in kept)
@@ -88,6 +90,7 @@ class Upstream:
 
     def on_headers_complete(self) -> None:
         self._begun = True
+        self._complete = self._head_only  # whatever length it says: that of a GET's body
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
