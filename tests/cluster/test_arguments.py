@@ -45,3 +45,24 @@ def test_replicas_take_the_keys_of_the_command_line_and_of_the_environment(monke
     monkeypatch.setenv("FLOVER_API_KEY", "a,b")
     assert main(["serve", "--replicas", "1", "--api-key", "c"]) == 0
     assert given == ["c,a,b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("serve --replicas 1 --api-key=", "an API key is empty"),
+        ("serve --replicas 1 --max-queued-requests -1", "max_queued_requests must be at least 1, got -1"),
+        ("serve --replicas 1 --max-num-seqs 0", "max_num_seqs must be an integer of at least 1, got 0"),
+        ("serve --replicas 1 --cpus nan", "cpus must be a number of at least 0, got nan"),
+        ("cluster up --gpus -1", "gpus must be a number of at least 0, got -1"),
+        ("cluster up --drain-timeout -1", "drain_timeout must be a number of seconds, got -1"),
+        ("cluster up -tp 0", "tensor_parallel_size must be an integer of at least 1, got 0"),
+    ],
+)
+def test_settings_that_no_replica_would_take(
+    words: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLOVER_API_KEY", raising=False)
+    monkeypatch.setattr("flover.cluster.ray.connected", lambda *_: pytest.fail("Ray was started"))
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err

@@ -33,9 +33,10 @@ def run_replicas(
     from flover.cli.serve import KEYS, all_keys
     from flover.cluster.ray import ClusterConfig, connected, down, up
 
-    config = ClusterConfig(**settings)
+    config, keys = ClusterConfig(**settings), all_keys(api_keys)
+    _check(model, {**server, "api_keys": keys}, engine)
     with _listener(server["host"], server["port"]) as listener, connected(config.address):
-        if keys := all_keys(api_keys):
+        if keys:
             os.environ[KEYS] = ",".join(keys)
         drain = server["drain_timeout"]
         up(config, arguments(model, server, engine), engine.get("tensor_parallel_size", 1), drain)
@@ -84,6 +85,7 @@ def up(
         ray_address, app_name, replicas, max_replicas, target_queue_tokens, nodes, gpus, cpus, **rows
     )
     server = {"served_model_names": served_model_name or (), "drain_timeout": drain_timeout}
+    _check(name, server, engine)
     with connected(ray_address):
         bring_up(config, arguments(name, server, engine), engine.get("tensor_parallel_size", 1), drain_timeout)
     return status(app_name, ray_address)
@@ -129,6 +131,17 @@ def down(app_name: Name = "flover", ray_address: Address = "auto") -> int:
         if not bring_down(app_name):
             raise ValueError(f"there is no application {app_name!r} on this cluster")
     return 0
+
+
+def _check(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> None:
+    """ValueError for settings that no replica would take, before any is started."""
+    from flover.cli.serve import need_packages
+
+    need_packages()
+    from flover.server.config import ServerConfig
+
+    ServerConfig(**server)
+    EngineConfig(**({} if model is None else {"model": model}) | engine)
 
 
 def _listener(host: str, port: int) -> Any:

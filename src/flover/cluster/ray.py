@@ -54,6 +54,10 @@ class ClusterConfig:
         for name in ("replicas", "nodes", "target_queue_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gpus", "cpus"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number of at least 0, got {value}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is below replicas={self.replicas}")
 
