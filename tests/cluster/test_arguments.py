@@ -56,6 +56,7 @@ def test_replicas_take_the_keys_of_the_command_line_and_of_the_environment(monke
         ("serve --replicas 1 --cpus nan", "cpus must be a number of at least 0, got nan"),
         ("cluster up --gpus -1", "gpus must be a number of at least 0, got -1"),
         ("cluster up --drain-timeout -1", "drain_timeout must be a number of seconds, got -1"),
+        ("cluster ingress --port 99999", "port must be in [0, 65535], got 99999"),
         ("cluster up -tp 0", "tensor_parallel_size must be an integer of at least 1, got 0"),
     ],
 )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from flover.cluster.ingress import Ingress, Target, prompt_prefix
+from flover.cluster.ingress import Ingress, Target, prompt_prefix, watch
 from flover.cluster.policy import Steady, choose, desired_replicas, homes, load
+from flover.cluster.upstream import Upstream
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -199,6 +201,32 @@ def test_a_replica_that_was_not_lost_after_all_comes_back() -> None:
             ingress._lost["a"] = time.monotonic()
             ingress.update(said)
             assert (await ask(ingress))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_a_registry_that_is_away_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [OSError("gone"), OSError("gone"), {}, OSError("gone"), asyncio.CancelledError()]
+
+    async def registry() -> Any:
+        if isinstance(answer := answers.pop(0), BaseException):
+            raise answer
+        return answer
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(watch(Ingress(1 << 20, 5.0), registry, seconds=0.0))
+    assert [record.getMessage() for record in caplog.records] == ["the registry does not answer: OSError"] * 2
+
+
+def test_a_node_that_goes_without_a_word_is_noticed() -> None:
+    async def run() -> None:
+        async with Replica(whole) as replica:
+            host, _, port = replica.url.removeprefix("http://").partition(":")
+            async with Upstream(host, int(port)) as upstream:
+                await upstream.start("GET", b"/", [], b"")
+                assert upstream._writer is not None
+                end = upstream._writer.get_extra_info("socket")
+                assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
     asyncio.run(run())
 

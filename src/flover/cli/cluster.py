@@ -102,6 +102,7 @@ def ingress(
     """A port for the replicas; any number of them may run, on any machine of the cluster."""
     from flover.cluster.ray import connected
 
+    _check(None, {"host": host, "port": port, "drain_timeout": drain_timeout}, {})
     with _listener(host, port) as listener, connected(ray_address):
         return _serve(listener, 8 << 20, 30.0, app_name, drain_timeout)
 

@@ -213,9 +213,12 @@ def _text(value: Any) -> str:
 
 async def watch(ingress: Ingress, ask: Any, seconds: float = 0.5) -> None:
     """Keep an ingress up to date for ever. ask: async, -> as `update` takes it."""
+    said = ""
     while True:
         try:
             ingress.update(await ask())
+            said = ""
         except Exception as error:  # Ray's own, of many kinds: the head is away, the replicas may well be there
-            logger.warning("the registry does not answer: %s", type(error).__name__)
+            if said != (said := type(error).__name__):  # once, not twice a second
+                logger.warning("the registry does not answer: %s", said)
         await asyncio.sleep(seconds)

@@ -231,5 +231,6 @@ def down(app: str) -> bool:
     there = app in serve.status().applications
     if there:
         serve.delete(app)
-    ray.kill(registry(app))
+    with contextlib.suppress(ValueError):  # somebody else was quicker
+        ray.kill(registry(app))
     return there

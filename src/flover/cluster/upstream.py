@@ -8,6 +8,8 @@ from types import TracebackType
 
 import httptools
 
+from flover.engine.links import keep_alive
+
 CONNECT_SECONDS = 3.0
 # headers of one connection; a body that was expected is all here
 HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"content-length", b"host", b"expect"}
@@ -56,6 +58,7 @@ class Upstream:
             connecting = asyncio.open_connection(host, port)
             self._reader, writer = await asyncio.wait_for(connecting, CONNECT_SECONDS)
             self._writer = writer
+            keep_alive(writer.get_extra_info("socket"))  # a node may go without a word
             writer.write(b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method.encode(), target, head, body))
             while not self._begun:
                 await self._read()
