@@ -247,6 +247,8 @@ def test_what_the_environment_says() -> None:
     assert (launch.rank, launch.size, launch.local_rank, launch.local_size, launch.port) == (1, 2, 0, 1, 29500)
     with pytest.raises(ValueError, match="MASTER_PORT is 'x', not a number"):
         launched({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "x"})
+    with pytest.raises(ValueError, match="RANK=2, which is not below WORLD_SIZE=2"):
+        launched({"RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "29500"})
 
 
 def test_ranks_started_and_ranks_wanted_must_be_as_many(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

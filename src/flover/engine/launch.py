@@ -48,7 +48,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     """This process's place among the ranks that torchrun has started; None if there are no others.
 
     Raises:
-        ValueError: a variable that is missing or no number.
+        ValueError: a variable that is missing or no number, a rank that is none.
     """
     given = os.environ if environment is None else environment
     if "RANK" not in given or given.get("WORLD_SIZE", "1") == "1":
@@ -61,6 +61,8 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
             raise ValueError(f"the environment says RANK={given['RANK']}, but {name} is {value!r}, not a number")
         values.append(int(value))
     rank, size, local_rank, local_size, port = values
+    if rank >= size:
+        raise ValueError(f"the environment says RANK={rank}, which is not below WORLD_SIZE={size}")
     agent = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Launch(rank, size, local_rank, local_size, given.get("MASTER_ADDR", "127.0.0.1"), port, agent)
 
