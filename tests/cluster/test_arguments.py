@@ -32,19 +32,19 @@ def test_settings_survive(command: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert given[0] == given[1]
 
 
-def test_replicas_take_the_keys_of_the_command_line_and_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[str] = []
+def test_replicas_take_all_keys_and_have_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
     for name, taken in (
         ("flover.cli.cluster._listener", lambda *_: nullcontext()),
         ("flover.cli.cluster._serve", lambda *_: 0),
         ("flover.cluster.ray.connected", lambda *_: nullcontext()),
-        ("flover.cluster.ray.up", lambda *_: given.append(os.environ["FLOVER_API_KEY"])),
+        ("flover.cluster.ray.up", lambda _, words, ranks, drain: given.extend((os.environ["FLOVER_API_KEY"], ranks))),
         ("flover.cluster.ray.down", lambda *_: True),
     ):
         monkeypatch.setattr(name, taken)
     monkeypatch.setenv("FLOVER_API_KEY", "a,b")
-    assert main(["serve", "--replicas", "1", "--api-key", "c"]) == 0
-    assert given == ["c,a,b"]
+    assert main(["serve", "--replicas", "1", "--api-key", "c", "-tp", "2", "-pp", "2"]) == 0
+    assert given == ["c,a,b", 4]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,9 @@ def test_replicas_take_the_keys_of_the_command_line_and_of_the_environment(monke
         ("cluster up --gpus -1", "gpus must be a number of at least 0, got -1"),
         ("cluster up --drain-timeout -1", "drain_timeout must be a number of seconds, got -1"),
         ("cluster ingress --port 99999", "port must be in [0, 65535], got 99999"),
+        ("run-batch -i a -o b --ray --replicas 0", "replicas must be at least 1, got 0"),
+        ("run-batch -i a -o b --ray --cpus nan", "cpus must be a number of at least 0, got nan"),
+        ("run-batch -i a -o b --replicas 2", "--replicas, --ray-address and --cpus need --ray"),
         ("cluster up -tp 0", "tensor_parallel_size must be an integer of at least 1, got 0"),
     ],
 )

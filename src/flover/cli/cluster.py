@@ -34,12 +34,12 @@ def run_replicas(
     from flover.cluster.ray import ClusterConfig, connected, down, up
 
     config, keys = ClusterConfig(**settings), all_keys(api_keys)
-    _check(model, {**server, "api_keys": keys}, engine)
+    ranks = _check(model, {**server, "api_keys": keys}, engine)
     with _listener(server["host"], server["port"]) as listener, connected(config.address):
         if keys:
             os.environ[KEYS] = ",".join(keys)
         drain = server["drain_timeout"]
-        up(config, arguments(model, server, engine), engine.get("tensor_parallel_size", 1), drain)
+        up(config, arguments(model, server, engine), ranks, drain)
         try:
             return _serve(listener, server["max_body_bytes"], server["body_timeout"], config.app, drain)
         finally:
@@ -85,9 +85,9 @@ def up(
         ray_address, app_name, replicas, max_replicas, target_queue_tokens, nodes, gpus, cpus, **rows
     )
     server = {"served_model_names": served_model_name or (), "drain_timeout": drain_timeout}
-    _check(name, server, engine)
+    ranks = _check(name, server, engine)
     with connected(ray_address):
-        bring_up(config, arguments(name, server, engine), engine.get("tensor_parallel_size", 1), drain_timeout)
+        bring_up(config, arguments(name, server, engine), ranks, drain_timeout)
     return status(app_name, ray_address)
 
 
@@ -134,15 +134,15 @@ def down(app_name: Name = "flover", ray_address: Address = "auto") -> int:
     return 0
 
 
-def _check(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> None:
-    """ValueError for settings that no replica would take, before any is started."""
+def _check(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
+    """ValueError for settings that no replica would take, before any is started. -> ranks of a replica."""
     from flover.cli.serve import need_packages
 
     need_packages()
     from flover.server.config import ServerConfig
 
     ServerConfig(**server)
-    EngineConfig(**({} if model is None else {"model": model}) | engine)
+    return EngineConfig(**({} if model is None else {"model": model}) | engine).num_ranks
 
 
 def _listener(host: str, port: int) -> Any:
