@@ -97,7 +97,8 @@ def ask(ingress: Ingress, stay: bool = True, path: str = "/v1/completions", meth
 
     async def run() -> Any:
         scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"a=1"}
-        headers = [(b"authorization", b"Bearer k"), (b"expect", b"100-continue"), (b"content-length", b"%d" % len(body))]
+        headers = [(b"authorization", b"Bearer k"), (b"expect", b"100-continue")]
+        headers.append((b"content-length", b"%d" % len(body)))
         await ingress.app({**scope, "headers": headers}, receive, send)
         if not sent:
             return None

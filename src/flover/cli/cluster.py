@@ -142,7 +142,7 @@ def _check(model: str | None, server: Mapping[str, Any], engine: Mapping[str, An
     from flover.server.config import ServerConfig
 
     ServerConfig(**server)
-    return EngineConfig(**({} if model is None else {"model": model}) | engine).num_ranks
+    return EngineConfig(**{**({} if model is None else {"model": model}), **engine}).num_ranks
 
 
 def _listener(host: str, port: int) -> Any:

@@ -34,8 +34,8 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
 
 
 def all_keys(given: Sequence[str]) -> list[str]:
-    """Keys of the command line, and those of the environment, separated by commas; the engine has no use for them there."""
-    environment = os.environ.pop(KEYS, "")
+    """Keys of the command line, and those of the environment, separated by commas."""
+    environment = os.environ.pop(KEYS, "")  # the engine's process has no use for it
     return [*given, *(environment.split(",") if environment else ())]
 
 

@@ -11,8 +11,8 @@ import httptools
 from flover.engine.links import keep_alive
 
 CONNECT_SECONDS = 3.0
-# headers of one connection; a body that was expected is all here
-HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"content-length", b"host", b"expect"}
+# headers of one connection; and a body that was expected is all here
+HOP_BY_HOP = set(b"connection keep-alive transfer-encoding te upgrade content-length host expect".split())
 Headers = list[tuple[bytes, bytes]]
 
 

@@ -70,7 +70,8 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
 def check_size(size: int) -> None:
     """ValueError if torchrun has started another number of ranks than the settings are for.
 
-    Of one rank, only where the others have come to serve this command: a program of one's own may run an engine in each.
+    Of one rank, only where the others have come to serve this command: a program of one's own may run an engine in
+    each of its processes.
     """
     launch = launched()
     if launch is not None and launch.size != size and (size > 1 or COMMAND in os.environ):
