@@ -70,3 +70,15 @@ def test_settings_that_no_replica_would_take(
     monkeypatch.setattr("flover.cluster.ray.connected", lambda *_: pytest.fail("Ray was started"))
     assert main(words.split()) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_rank_of_torchrun_does_not_start_engines_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks are gone with the first."""
+    given: list[Any] = []
+    monkeypatch.setattr("flover.server.serve.run", lambda config, engine: given.append(config.max_restarts) or 0)
+    assert main(["serve"]) == 0
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FLOVER_COMMAND", "")  # which main sets, to be undone
+    assert main(["serve", "-tp", "2"]) == 0
+    assert given == [5, 0]

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from flover.engine.launch import launched
+
 KEYS = "FLOVER_API_KEY"
 
 
@@ -25,6 +27,8 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
         from flover.server.tracing import check_tracing
 
         check_tracing()
+    if launched() is not None:  # the other ranks end with an engine, and only torchrun starts them again
+        server = {**server, "max_restarts": 0}
     options = {"order": "fair", **engine}
     if model is not None:
         if "model" in options:
