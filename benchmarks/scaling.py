@@ -30,9 +30,12 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"--only takes {', '.join(PARTS)}, got {', '.join(map(repr, sorted(unknown)))}")
     target = args.out / "scaling.json"
     results: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    for name in args.only.split(","):
+    for name in names:
         begin = time.perf_counter()
         results[name] = PARTS[name](args.out)
         print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)

@@ -110,12 +110,31 @@ network = { latency = 5e-5, hop = 1e-5, bandwidth = 1e9 }
     assert device(str(toml)) == mine
     for line, wrong in (
         ("speed = 1", "unknown .'speed'.; known are name"),
-        ("efficiency = { weights = 2 }", "efficiency weights must be above 0 and at most 1, got 2"),
+        ("efficiency = { weights = 2 }", r"mine.toml: .efficiency.: weights must be at most 1, got 2"),
         ("memory_bytes = 1", "Cannot overwrite a value"),
     ):
         toml.write_text(text + line)
         with pytest.raises(ValueError, match=wrong):
             device(str(toml))
+    for part, name, value, wrong in (
+        ("flops", "bfloat16", 0, "flops bfloat16 must be a number above 0, got 0"),
+        ("flops", "bfloat16", "fast", "flops bfloat16 must be a number above 0, got 'fast'"),
+        ("node", "bandwidth", 0, r"\[node\]: bandwidth must be a number above 0, got 0"),
+        ("network", "latency", -1, r"\[network\]: latency must be a number of at least 0, got -1"),
+        ("efficiency", "softness", 0, r"\[efficiency\]: softness must be a number above 0, got 0"),
+        ("efficiency", "layer", None, r"\[efficiency\]: layer must be a number of at least 0, got None"),
+    ):
+        path.write_text(json.dumps({**values, part: {**values.get(part, {}), name: value}}))  # type: ignore[dict-item]
+        with pytest.raises(ValueError, match=wrong):
+            device(str(path))
+    for text, wrong in (
+        ("[1]", r"mine.json: a card is an object of values, not \[1\]"),
+        (json.dumps({**values, "memory_bytes": float("nan")}), "memory_bytes must be a number above 0, got nan"),
+        (json.dumps({**values, "bandwidth": 10**400}), "bandwidth must be a number above 0, got 1000"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=wrong):
+            device(str(path))
     with pytest.raises(ValueError, match="hardware must be h200, h100, a100 or a .toml or .json file, got 'h300'"):
         device("h300")
 

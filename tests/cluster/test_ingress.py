@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from flover.cluster.ingress import Ingress, Target, prompt_prefix
+from flover.cluster.ingress import Ingress, Target, prompt_prefix, watch
 from flover.cluster.policy import Steady, choose, desired_replicas, homes, load
+from flover.cluster.upstream import Upstream
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -75,7 +78,7 @@ async def full(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 429 X\r\nretry-after: 3\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
 
 
-def ask(ingress: Ingress, stay: bool = True, path: str = "/v1/completions") -> Any:
+def ask(ingress: Ingress, stay: bool = True, path: str = "/v1/completions", method: str = "POST") -> Any:
     """One request; -> (status, headers, body)."""
     body = json.dumps({"prompt": "And it came to pass"}).encode()
     incoming = [{"type": "http.request", "body": body, "more_body": False}]
@@ -93,8 +96,9 @@ def ask(ingress: Ingress, stay: bool = True, path: str = "/v1/completions") -> A
         sent.append(message)
 
     async def run() -> Any:
-        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"a=1"}
-        headers = [(b"authorization", b"Bearer k"), (b"content-length", b"%d" % len(body))]
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"a=1"}
+        headers = [(b"authorization", b"Bearer k"), (b"expect", b"100-continue")]
+        headers.append((b"content-length", b"%d" % len(body)))
         await ingress.app({**scope, "headers": headers}, receive, send)
         if not sent:
             return None
@@ -162,8 +166,68 @@ def test_requests_arrive_as_they_were_and_a_client_that_goes_is_noticed() -> Non
             await ask(ingress, stay=False)
             await asyncio.wait_for(replica.closed.wait(), 5)
             assert replica.requests[0].startswith(b"POST /v1/completions?a=1 HTTP/1.1\r\nauthorization: Bearer k\r\n")
+            assert b"expect" not in replica.requests[0]
             assert replica.requests[0].endswith(b'{"prompt": "And it came to pass"}')
             assert (ingress.live, ingress.targets["a"].rows, ingress.targets["a"].waiting) == (0, 0, 0)
+
+    asyncio.run(run())
+
+
+def test_an_answer_to_head_has_no_body() -> None:
+    async def length_only(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n")
+
+    async def run() -> None:
+        async with Replica(length_only) as replica:
+            ingress = Ingress(1 << 20, 5.0)
+            ingress.update({"a": (replica.url, {})})
+            status, _, body = await ask(ingress, method="HEAD")
+            assert (status, body, list(ingress.targets)) == (200, b"", ["a"])
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_was_not_lost_after_all_comes_back() -> None:
+    """Its front was started again, and the registry has not missed it."""
+
+    async def run() -> None:
+        async with Replica(whole) as replica:
+            ingress, said = Ingress(1 << 20, 5.0), {"a": (replica.url, dict[str, float]())}
+            ingress.update(said)
+            replica.script = head_only
+            assert (await ask(ingress))[0] == 503
+            replica.script = whole
+            ingress.update(said)
+            assert not ingress.targets  # the registry may not know yet
+            ingress._lost["a"] = time.monotonic()
+            ingress.update(said)
+            assert (await ask(ingress))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_a_registry_that_is_away_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [OSError("gone"), OSError("gone"), {}, OSError("gone"), asyncio.CancelledError()]
+
+    async def registry() -> Any:
+        if isinstance(answer := answers.pop(0), BaseException):
+            raise answer
+        return answer
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(watch(Ingress(1 << 20, 5.0), registry, seconds=0.0))
+    assert [record.getMessage() for record in caplog.records] == ["the registry does not answer: OSError"] * 2
+
+
+def test_a_node_that_goes_without_a_word_is_noticed() -> None:
+    async def run() -> None:
+        async with Replica(whole) as replica:
+            host, _, port = replica.url.removeprefix("http://").partition(":")
+            async with Upstream(host, int(port)) as upstream:
+                await upstream.start("GET", b"/", [], b"")
+                assert upstream._writer is not None
+                end = upstream._writer.get_extra_info("socket")
+                assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
     asyncio.run(run())
 

@@ -141,7 +141,7 @@ def fails(*words: str) -> str:
 
 def test_what_cannot_work_is_one_line() -> None:
     assert "Ray's head at 127.0.0.1:9 cannot be reached" in fails("cluster", "status", "--ray-address", "127.0.0.1:9")
-    assert "--max-replicas, --ray-address and --nodes need --replicas" in fails("serve", "--nodes", "2")
+    assert "--max-replicas, --ray-address, --nodes and --cpus need --replicas" in fails("serve", "--nodes", "2")
     assert "max_replicas=1 is below replicas=2" in fails("serve", "--replicas", "2", "--max-replicas", "1")
 
 

@@ -86,12 +86,12 @@ def test_a_lost_node_costs_the_streams_it_had_begun(nodes: Nodes) -> None:
         nodes.serving(2, 90)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_group_of_ranks_over_two_nodes(nodes: Nodes, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "kind"), [(0, "-tp"), (1, "-pp")])
+def test_a_group_of_ranks_over_two_nodes(nodes: Nodes, rank: int, kind: str) -> None:
     body = {**LONG, "max_tokens": 40}
     with running("serve", "--port", "0", "--device", "cpu", "--num-threads", "1") as (_, url):
         expected = Stream(url, body).text()
-    nodes.flover("up", "--replicas", "1", "--nodes", "2", "-tp", "2", *SMALL)
+    nodes.flover("up", "--replicas", "1", "--nodes", "2", kind, "2", *SMALL)
     with running("cluster", "ingress", "--port", "0", "--ray-address", nodes.address) as (_, url):
         assert Stream(url, body).text() == expected
         held = [_ranks(node) for node in nodes.nodes]

@@ -19,7 +19,7 @@ from flover.config import EngineConfig
 from flover.engine.batch import BatchPlan, RowJoin
 from flover.engine.digest import RowDigest
 from flover.engine.engine import EngineCore
-from flover.engine.launch import launched
+from flover.engine.launch import COMMAND, launched
 from flover.engine.links import GroupDeadError
 from flover.request import FinishReason, Request, RowSampling
 from flover.structured import StructuredOutputsParams
@@ -247,6 +247,8 @@ def test_what_the_environment_says() -> None:
     assert (launch.rank, launch.size, launch.local_rank, launch.local_size, launch.port) == (1, 2, 0, 1, 29500)
     with pytest.raises(ValueError, match="MASTER_PORT is 'x', not a number"):
         launched({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "x"})
+    with pytest.raises(ValueError, match="RANK=2, which is not below WORLD_SIZE=2"):
+        launched({"RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "29500"})
 
 
 def test_ranks_started_and_ranks_wanted_must_be_as_many(echo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +256,10 @@ def test_ranks_started_and_ranks_wanted_must_be_as_many(echo: Path, monkeypatch:
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="the settings are for 2 ranks, but 3 were started"):
         echo_core(echo, tensor_parallel_size=2)
+    echo_core(echo).shutdown()  # in a program of one's own each process may have an engine
+    monkeypatch.setenv(COMMAND, "serve")  # but here the others wait to serve this one
+    with pytest.raises(ValueError, match="the settings are for 1 rank, but 3 were started"):
+        echo_core(echo)
 
 
 def test_heads_that_do_not_divide(echo: Path) -> None:

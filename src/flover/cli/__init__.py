@@ -147,8 +147,8 @@ def serve(
         "tool_call_parser": tool_call_parser,
     }
     if replicas is None:
-        if max_replicas is not None or ray_address is not None or nodes > 1:
-            raise ValueError("--max-replicas, --ray-address and --nodes need --replicas")
+        if max_replicas is not None or ray_address is not None or nodes != 1 or cpus != 1:
+            raise ValueError("--max-replicas, --ray-address, --nodes and --cpus need --replicas")
         return run_serve(name, api_key or (), server, engine)
     from flover.cli.cluster import run_replicas
 
@@ -175,6 +175,8 @@ def run_batch(
         from flover.cli.cluster import run_batch_on_ray
 
         return run_batch_on_ray(input, output, engine, ray_address, replicas, cpus)
+    if replicas != 1 or ray_address is not None or cpus != 1:
+        raise ValueError("--replicas, --ray-address and --cpus need --ray")
     from flover.cli.serve import run_batch_file
 
     return run_batch_file(input, output, engine)

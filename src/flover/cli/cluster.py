@@ -30,14 +30,16 @@ def run_replicas(
     settings: Mapping[str, Any],
 ) -> int:
     """`flover serve --replicas`: replicas and an ingress for as long as this process lives. -> exit code."""
+    from flover.cli.serve import KEYS, all_keys
     from flover.cluster.ray import ClusterConfig, connected, down, up
 
-    config = ClusterConfig(**settings)
+    config, keys = ClusterConfig(**settings), all_keys(api_keys)
+    ranks = _check(model, {**server, "api_keys": keys}, engine)
     with _listener(server["host"], server["port"]) as listener, connected(config.address):
-        if api_keys:
-            os.environ["FLOVER_API_KEY"] = ",".join(api_keys)
+        if keys:
+            os.environ[KEYS] = ",".join(keys)
         drain = server["drain_timeout"]
-        up(config, arguments(model, server, engine), engine.get("tensor_parallel_size", 1), drain)
+        up(config, arguments(model, server, engine), ranks, drain)
         try:
             return _serve(listener, server["max_body_bytes"], server["body_timeout"], config.app, drain)
         finally:
@@ -83,8 +85,9 @@ def up(
         ray_address, app_name, replicas, max_replicas, target_queue_tokens, nodes, gpus, cpus, **rows
     )
     server = {"served_model_names": served_model_name or (), "drain_timeout": drain_timeout}
+    ranks = _check(name, server, engine)
     with connected(ray_address):
-        bring_up(config, arguments(name, server, engine), engine.get("tensor_parallel_size", 1), drain_timeout)
+        bring_up(config, arguments(name, server, engine), ranks, drain_timeout)
     return status(app_name, ray_address)
 
 
@@ -99,6 +102,7 @@ def ingress(
     """A port for the replicas; any number of them may run, on any machine of the cluster."""
     from flover.cluster.ray import connected
 
+    _check(None, {"host": host, "port": port, "drain_timeout": drain_timeout}, {})
     with _listener(host, port) as listener, connected(ray_address):
         return _serve(listener, 8 << 20, 30.0, app_name, drain_timeout)
 
@@ -128,6 +132,17 @@ def down(app_name: Name = "flover", ray_address: Address = "auto") -> int:
         if not bring_down(app_name):
             raise ValueError(f"there is no application {app_name!r} on this cluster")
     return 0
+
+
+def _check(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
+    """ValueError for settings that no replica would take, before any is started. -> ranks of a replica."""
+    from flover.cli.serve import need_packages
+
+    need_packages()
+    from flover.server.config import ServerConfig
+
+    ServerConfig(**server)
+    return EngineConfig(**{**({} if model is None else {"model": model}), **engine}).num_ranks
 
 
 def _listener(host: str, port: int) -> Any:

@@ -12,11 +12,13 @@ from typing import Any
 
 import msgspec
 
+from flover.engine.launch import launched
+
 KEYS = "FLOVER_API_KEY"
 
 
 def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
-    """-> exit code. Keys of the command line, and those of the environment, separated by commas."""
+    """-> exit code."""
     need_packages()
     from flover.server.config import ServerConfig
     from flover.server.serve import run
@@ -25,14 +27,20 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
         from flover.server.tracing import check_tracing
 
         check_tracing()
-    given = os.environ.pop(KEYS, "")  # the engine's process has no use for it
-    keys = [*api_keys, *(given.split(",") if given else ())]
+    if launched() is not None:  # the other ranks end with an engine, and only torchrun starts them again
+        server = {**server, "max_restarts": 0}
     options = {"order": "fair", **engine}
     if model is not None:
         if "model" in options:
             raise ValueError(f"give the model once, got {model!r} and --model {options['model']!r}")
         options["model"] = model
-    return run(replace(ServerConfig(**server), api_keys=keys), options)
+    return run(replace(ServerConfig(**server), api_keys=all_keys(api_keys)), options)
+
+
+def all_keys(given: Sequence[str]) -> list[str]:
+    """Keys of the command line, and those of the environment, separated by commas."""
+    environment = os.environ.pop(KEYS, "")  # the engine's process has no use for it
+    return [*given, *(environment.split(",") if environment else ())]
 
 
 def run_batch_file(input: Path, output: Path, engine: Mapping[str, Any]) -> int:

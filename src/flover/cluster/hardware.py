@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from flover.show import show
+
+
+def _check(part: Any, *names: str, zero: bool = False) -> None:
+    for name in names:
+        _check_number(name, getattr(part, name), zero)
+
+
+def _check_number(name: str, value: Any, zero: bool = False) -> None:
+    """ValueError unless it is a finite number above 0, or `zero` itself where that makes sense."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+    if not number or (value == 0 and not zero):
+        raise ValueError(f"{name} must be a number {'of at least' if zero else 'above'} 0, got {show(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +39,10 @@ class Link:
     latency: float
     hop: float
     bandwidth: float
+
+    def __post_init__(self) -> None:
+        _check(self, "latency", "hop", zero=True)
+        _check(self, "bandwidth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +70,12 @@ class Efficiency:
     link: float = 0.8
 
     def __post_init__(self) -> None:
-        for name in ("weights", "kv", "flops", "eight_bit", "link"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"efficiency {name} must be above 0 and at most 1, got {getattr(self, name)!r}")
+        shares = ("weights", "kv", "flops", "eight_bit", "link")
+        _check(self, *shares, "softness")
+        _check(self, "layer", "row", "step", zero=True)
+        for name in shares:
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +92,9 @@ class Device:
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     def __post_init__(self) -> None:
-        for name in ("memory_bytes", "bandwidth", "per_node"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise ValueError(f"{name} of the hardware must be above 0, got {value!r}")
+        _check(self, "memory_bytes", "bandwidth", "per_node")
+        for dtype, rate in self.flops.items():
+            _check_number(f"flops {dtype}", rate)
 
     def rate(self, dtype: str) -> float:
         """FLOP/s of products in a dtype; ValueError if the card has none."""
@@ -110,6 +131,8 @@ def device(name: str) -> Device:
         raise ValueError(f"{name}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: a card is an object of values, not {show(values)}")
     parts = {"node": Link, "network": Link, "efficiency": Efficiency}
     for part, kind in parts.items():
         if part in values:

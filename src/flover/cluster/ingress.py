@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from flover.server.sse import DONE, event, until_disconnect
 
 BYTES_PER_TOKEN = 4  # of a request's body, about
 PREFIX_CHARS = 512  # of the text that decides a request's homes
+LOST_SECONDS = 6.0  # after which the registry has dropped a replica, unless it lives
 RETRIED = (b'"draining"', b'"engine_dead"')  # codes of a 503 that another replica may not give
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 OURS = (b"x-request-id", b"date")  # headers that the ingress sets itself; the id is the client's
@@ -58,12 +60,13 @@ class Ingress:
         self.draining = False
         self.live = 0
         self._rng = random.Random()
-        self._lost: set[str] = set()  # until the registry has dropped them too
+        self._lost: dict[str, float] = {}  # -> when it is tried again, if the registry still names it
         self.app: ASGIApp = RequestId(Bodies(self._serve, max_body_bytes, body_timeout))
 
     def update(self, replicas: Mapping[str, tuple[str, Mapping[str, float]]]) -> None:
         """What the registry says: id -> url, load."""
-        self._lost &= set(replicas)
+        now = time.monotonic()
+        self._lost = {name: until for name, until in self._lost.items() if name in replicas and now < until}
         targets = {}
         for name, (url, said) in replicas.items():
             if name in self._lost:
@@ -124,7 +127,7 @@ class Ingress:
         return targets[choose(loads, own, sum(loads) / len(loads), self._rng)]
 
     def _lose(self, target: Target) -> None:
-        self._lost.add(target.name)
+        self._lost[target.name] = time.monotonic() + LOST_SECONDS
         self.targets.pop(target.name, None)
 
     async def _exchange(self, target: Target, scope: Scope, body: bytes, send: Send) -> bool:
@@ -210,9 +213,12 @@ def _text(value: Any) -> str:
 
 async def watch(ingress: Ingress, ask: Any, seconds: float = 0.5) -> None:
     """Keep an ingress up to date for ever. ask: async, -> as `update` takes it."""
+    said = ""
     while True:
         try:
             ingress.update(await ask())
+            said = ""
         except Exception as error:  # Ray's own, of many kinds: the head is away, the replicas may well be there
-            logger.warning("the registry does not answer: %s", type(error).__name__)
+            if said != (said := type(error).__name__):  # once, not twice a second
+                logger.warning("the registry does not answer: %s", said)
         await asyncio.sleep(seconds)

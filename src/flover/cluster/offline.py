@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from flover.config import EngineConfig
+
 BLOCK = 1024  # lines that an engine is handed at a time, at most: enough to fill its batch for a while
 
 
@@ -61,9 +63,11 @@ def run_batch_ray(
     Raises:
         ValueError: files as `partial_path` says, a head that cannot be reached, more engines than there is room for.
     """
-    from flover.cluster.ray import check_room, connected
+    from flover.cluster.ray import ClusterConfig, check_room, connected
     from flover.server.batch import partial_path
 
+    ClusterConfig(replicas=engines, cpus=cpus)  # checks them
+    ranks = EngineConfig(**engine).num_ranks
     partial = partial_path(input, output)
     with connected(address):
         import ray
@@ -72,7 +76,7 @@ def run_batch_ray(
             from ray.data import ActorPoolStrategy
         except ImportError as error:
             raise ValueError(f'Ray Data needs {error.name}: pip install "flover[ray]"') from None
-        gpus = engine.get("tensor_parallel_size", 1) if ray.cluster_resources().get("GPU") else 0
+        gpus = ranks if ray.cluster_resources().get("GPU") else 0
         check_room(engines, cpus, gpus)
         blocks = _blocks(input, engines)
         results = ray.data.from_items(blocks, override_num_blocks=len(blocks) or None).map_batches(

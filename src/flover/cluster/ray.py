@@ -36,7 +36,7 @@ class ClusterConfig:
         app: name of the application; several may share a cluster.
         replicas: that run always. max_replicas: autoscaling up to so many.
         target_queue_tokens: prompt tokens that may wait on a replica before another one is started.
-        nodes: machines that one replica is spread over (tensor parallelism across nodes).
+        nodes: machines that the ranks of one replica are spread over.
         gpus, cpus: of a replica, on each of its nodes; gpus None: one for each of its ranks, if the cluster has any.
     """
 
@@ -54,6 +54,10 @@ class ClusterConfig:
         for name in ("replicas", "nodes", "target_queue_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gpus", "cpus"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number of at least 0, got {value}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is below replicas={self.replicas}")
 
@@ -99,11 +103,11 @@ def _check_head(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
-def up(config: ClusterConfig, arguments: Sequence[str], tp: int, drain: float, wait: float = 1800.0) -> None:
+def up(config: ClusterConfig, arguments: Sequence[str], ranks: int, drain: float, wait: float = 1800.0) -> None:
     """Deploy or update, and wait until `replicas` of them serve.
 
     Args:
-        arguments: of `flover serve`, but for host and port. tp: its tensor_parallel_size. drain: its drain_timeout.
+        arguments: of `flover serve`, but for host and port. ranks: of its engine. drain: its drain_timeout.
 
     Raises:
         ValueError: what it asks for cannot be placed, or replicas do not come up; names what Ray says.
@@ -114,10 +118,11 @@ def up(config: ClusterConfig, arguments: Sequence[str], tp: int, drain: float, w
     from flover.cluster.registry import make_registry
     from flover.cluster.replica import DRAIN_MARGIN, Replica
 
-    if tp % config.nodes:
-        raise ValueError(f"tensor_parallel_size={tp} cannot be spread over {config.nodes} nodes evenly")
+    local, more = divmod(ranks, config.nodes)
+    if more:
+        raise ValueError(f"the {ranks} ranks of -tp and -pp cannot be spread over {config.nodes} nodes evenly")
     if config.gpus is None:
-        config = replace(config, gpus=tp // config.nodes if ray.cluster_resources().get("GPU") else 0)
+        config = replace(config, gpus=local if ray.cluster_resources().get("GPU") else 0)
     check_room(config.replicas, config.cpus * config.nodes, (config.gpus or 0) * config.nodes)
     environment = {k: v for k, v in os.environ.items() if k in PASSED_ON}
     options: dict[str, Any] = {"graceful_shutdown_timeout_s": drain + 2 * DRAIN_MARGIN, **SERVE_OPTIONS}
@@ -129,9 +134,8 @@ def up(config: ClusterConfig, arguments: Sequence[str], tp: int, drain: float, w
         options["num_replicas"] = config.replicas
     else:
         options["autoscaling_config"] = _autoscaling(config, config.max_replicas)
-    ranks = tp if config.nodes > 1 else 1
     deployment: Any = serve.deployment(Replica, name="replica", **options)
-    target = deployment.bind(config.app, list(arguments), environment, drain, ranks, tp // config.nodes)
+    target = deployment.bind(config.app, list(arguments), environment, drain, ranks if config.nodes > 1 else 1, local)
     make_registry(config.app)
     serve.start(proxy_location="Disabled")
     try:
@@ -227,5 +231,6 @@ def down(app: str) -> bool:
     there = app in serve.status().applications
     if there:
         serve.delete(app)
-    ray.kill(registry(app))
+    with contextlib.suppress(ValueError):  # somebody else was quicker
+        ray.kill(registry(app))
     return there

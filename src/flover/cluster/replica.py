@@ -66,7 +66,7 @@ class Server:
 
 
 class Rank:
-    """A further rank of a tensor-parallel group, on the node of a bundle of the replica's placement group."""
+    """A further rank of a group, on the node of a bundle of the replica's placement group."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self._server = Server(arguments, environment)
@@ -80,7 +80,7 @@ class Replica:
 
     Args:
         app: name of the application, and of its registry. arguments: of `flover serve`, but for host and port.
-        ranks: processes over which `tensor_parallel_size` is spread by torchrun's variables; 1: the engine starts them.
+        ranks: processes of the engine, which are told by torchrun's variables; 1: the engine starts them.
         local_ranks: of them on a node.
     """
 

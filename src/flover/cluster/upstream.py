@@ -8,8 +8,11 @@ from types import TracebackType
 
 import httptools
 
+from flover.engine.links import keep_alive
+
 CONNECT_SECONDS = 3.0
-HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"content-length", b"host"}
+# headers of one connection; and a body that was expected is all here
+HOP_BY_HOP = set(b"connection keep-alive transfer-encoding te upgrade content-length host expect".split())
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -27,7 +30,7 @@ class Upstream:
         self._parser = httptools.HttpResponseParser(self)
         self._writer: asyncio.StreamWriter | None = None
         self._pieces: list[bytes] = []
-        self._begun = self._complete = False
+        self._begun = self._complete = self._head_only = False
         self.headers: Headers = []
 
     async def __aenter__(self) -> Upstream:
@@ -47,6 +50,7 @@ class Upstream:
         """Send it and read the answer's head. UpstreamError if there is none."""
         kept = [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP]
         host, port = self._address
+        self._head_only = method == "HEAD"
         kept += [(b"host", f"{host}:{port}".encode()), (b"connection", b"close")]
         kept.append((b"content-length", str(len(body)).encode()))
         head = b"".join(b"%s: %s\r\n" % pair for pair in kept)
@@ -54,6 +58,7 @@ class Upstream:
             connecting = asyncio.open_connection(host, port)
             self._reader, writer = await asyncio.wait_for(connecting, CONNECT_SECONDS)
             self._writer = writer
+            keep_alive(writer.get_extra_info("socket"))  # a node may go without a word
             writer.write(b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method.encode(), target, head, body))
             while not self._begun:
                 await self._read()
@@ -88,6 +93,7 @@ class Upstream:
 
     def on_headers_complete(self) -> None:
         self._begun = True
+        self._complete = self._head_only  # whatever length it says: that of a GET's body
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)

@@ -26,7 +26,7 @@ from flover.engine.executor import InlineExecutor, ThreadExecutor
 from flover.engine.grammar import Grammars, Vocabulary
 from flover.engine.group import GroupExecutor
 from flover.engine.join import form_group, use_threads
-from flover.engine.launch import ranks_here
+from flover.engine.launch import check_size, ranks_here
 from flover.engine.links import GroupDeadError
 from flover.engine.runner import ModelRunner
 from flover.engine.scheduler import Scheduler
@@ -127,6 +127,7 @@ def make_executor(config: ResolvedConfig, folder: Path, times: StartupTimes) -> 
         make = partial(make_runner, config, folder, times, group=group)
         return InlineExecutor(make()) if backend_of(config) == "triton" else ThreadExecutor(make)
 
+    check_size(config.engine.num_ranks)
     return local(ALONE) if config.engine.num_ranks == 1 else form_group(config, folder, local)
 
 

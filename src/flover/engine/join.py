@@ -130,8 +130,6 @@ def form_group(config: ResolvedConfig, folder: Path, make_local: Callable[[Group
         ValueError: a rank that does not come, differs or cannot load; which, and why.
     """
     size, launch = config.engine.num_ranks, launched()
-    if launch is not None and launch.size != size:
-        raise ValueError(f"the settings are for {size} ranks, but {launch.size} were started; they must be as many")
     try:
         if launch is None:
             store: Any = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)

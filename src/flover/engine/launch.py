@@ -48,7 +48,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     """This process's place among the ranks that torchrun has started; None if there are no others.
 
     Raises:
-        ValueError: a variable that is missing or no number.
+        ValueError: a variable that is missing or no number, a rank that is none.
     """
     given = os.environ if environment is None else environment
     if "RANK" not in given or given.get("WORLD_SIZE", "1") == "1":
@@ -61,8 +61,24 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
             raise ValueError(f"the environment says RANK={given['RANK']}, but {name} is {value!r}, not a number")
         values.append(int(value))
     rank, size, local_rank, local_size, port = values
+    if rank >= size:
+        raise ValueError(f"the environment says RANK={rank}, which is not below WORLD_SIZE={size}")
     agent = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Launch(rank, size, local_rank, local_size, given.get("MASTER_ADDR", "127.0.0.1"), port, agent)
+
+
+def check_size(size: int) -> None:
+    """ValueError if torchrun has started another number of ranks than the settings are for.
+
+    Of one rank, only where the others have come to serve this command: a program of one's own may run an engine in
+    each of its processes.
+    """
+    launch = launched()
+    if launch is not None and launch.size != size and (size > 1 or COMMAND in os.environ):
+        raise ValueError(
+            f"the settings are for {size} rank{'s' if size > 1 else ''}, but {launch.size} were started; "
+            "they must be as many (-tp times -pp)"
+        )
 
 
 def ranks_here(size: int) -> int:
