@@ -258,6 +258,11 @@ class AsyncLLM:
         core.watch(self._watched)
         self.attach()
 
+    @property
+    def group_stopped(self) -> bool:
+        """Whether rank 0 of a group, which the other ranks wait for, was stopped by a signal."""
+        return self._core.resolved.engine.num_ranks > 1 and self._core.stopped
+
     async def end_engine(self, after: float = 0.5) -> None:
         """Kill an engine that hangs; first it has `after` seconds to write its threads' stacks to stderr."""
         core = self._core

@@ -169,6 +169,20 @@ def test_an_engine_that_hangs_is_not_ready_and_is_started_again() -> None:
         assert "Thread 0x" in server.process.stderr.read()  # the stacks of the engine that hung
 
 
+def test_a_stopped_rank_0_ends_its_group_in_time() -> None:
+    with keyed("-tp", "2") as server:
+        with server.http.stream("POST", "/v1/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            begin = time.monotonic()
+            server.engine.suspend()
+            rest = events(lines)
+        assert time.monotonic() - begin < 5
+        assert json.loads(rest[-2])["error"]["code"] == "engine_dead"
+        until_ready(server)
+        canary(server)
+
+
 def test_an_engine_that_does_not_read_holds_nobody_up() -> None:
     """Its socket fills with requests, which must not stop the event loop."""
     with keyed() as server:

@@ -164,6 +164,15 @@ class RemoteCore:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has stopped the process (SIGSTOP); known on Linux only."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return False
+        return state == "T"
+
     def _end(self, timeout: float) -> int:
         """-> exit code, by force once the time is over."""
         try:

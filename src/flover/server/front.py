@@ -32,6 +32,7 @@ from flover.server.tracing import Tracing
 from flover.server.watchdog import Watchdog
 
 TICK = 0.25  # seconds between looks at the engine
+SILENCE = 3.0  # seconds that a rank may be stopped
 logger = logging.getLogger("flover")
 
 
@@ -202,7 +203,12 @@ async def _keep_engine(service: Service) -> str:
 async def _watch(service: Service) -> None:
     """Look whether the engine makes progress; end one that does not."""
     watchdog, limit = Watchdog(), service.config.engine_iteration_timeout
+    still = 0.0  # seconds that rank 0 of a group has been stopped
     while True:
+        still = still + TICK if not service.dead.is_set() and service.llm.group_stopped else 0.0
+        if still > SILENCE:
+            logger.error("rank 0 was stopped by a signal %g s ago: the group is ended", still)
+            await service.llm.end_engine()
         has_work = bool(service.load.live) and not service.dead.is_set()
         watchdog.tick(time.monotonic(), has_work, service.num_events)
         service.stalled = watchdog.stalled >= limit / 4 > 0
