@@ -30,7 +30,7 @@ from _gpu_engine import MODELS, Bench
 from _gpu_loads import modes, offline, poisson, saturated
 
 from flover.bench.results import provenance
-from flover.bound import Limits, measured_limits
+from flover.bound import heated, measured_limits
 from flover.config import EngineConfig
 from flover.profile import decoding, profile_decode, timed_steps
 
@@ -247,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = "_".join(["gpu", args.model, *args.given.values()])
     output = args.output or RESULTS / f"{name}.json"
     usual = torch.bfloat16 if args.device == "cuda" else torch.float32
-    limits: Limits = measured_limits(args.device, PRODUCTS.get(args.quantization, usual))
+    dtype = PRODUCTS.get(args.quantization, usual)
+    limits = heated(measured_limits(args.device, dtype), args.device, dtype)
     result: dict[str, Any] = {
         "environment": provenance(args.device, script=True),
         "measured_TB_per_s": round(limits.bandwidth / 1e12, 3),

@@ -22,13 +22,14 @@ from flover.layers.rotary import Rotary
 from flover.model_config import ModelConfig
 
 CPU_SUM_BYTES, GPU_SUM_BYTES = 1 << 30, 8 << 30
+GPU_WIDTH = 8192  # of the square product
 HEAT_SECONDS = 1.5  # until the clock is what the power limit leaves of it
 
 
 class Limits(NamedTuple):
     """Bytes/s of a sum and FLOP/s of a matrix product, measured here.
 
-    sustained: FLOP/s once the power limit holds the clock; a GPU has its highest one for some hundred milliseconds.
+    sustained: FLOP/s once the power limit holds the clock, see `heated`.
     """
 
     bandwidth: float
@@ -43,22 +44,29 @@ def measured_limits(device: str, dtype: torch.dtype) -> Limits:
     if device == "cpu":  # on a thread of its own, whose OpenMP threads end with it: they would slow the engine's
         with ThreadPoolExecutor(1) as worker:
             return worker.submit(_measure, device, dtype, min(CPU_SUM_BYTES, free_memory() // 8), 1024).result()
-    return _measure(device, dtype, min(GPU_SUM_BYTES, torch.cuda.mem_get_info()[0] // 2), 8192)
+    return _measure(device, dtype, min(GPU_SUM_BYTES, torch.cuda.mem_get_info()[0] // 2), GPU_WIDTH)
 
 
 def _measure(device: str, dtype: torch.dtype, num_bytes: int, width: int) -> Limits:
     data = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     bandwidth = data.numel() * 4 / median_seconds(data.sum, device)
     del data
-    product = _product(device, dtype, width)
-    flops = 2 * width**3 / median_seconds(product, device)
+    flops = 2 * width**3 / median_seconds(_product(device, dtype, width), device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return Limits(bandwidth, flops)
+
+
+def heated(limits: Limits, device: str, dtype: torch.dtype) -> Limits:
+    """With what products sustain: a GPU has its highest clock for some hundred milliseconds, a long load less."""
     if device != "cuda":
-        return Limits(bandwidth, flops, flops)
-    until, sustained = time.monotonic() + HEAT_SECONDS, flops
+        return limits._replace(sustained=limits.flops)
+    product, flops = _product(device, dtype, GPU_WIDTH), limits.flops
+    until = time.monotonic() + HEAT_SECONDS
     while time.monotonic() < until:
-        sustained = 2 * width**3 / median_seconds(product, device)
+        flops = 2 * GPU_WIDTH**3 / median_seconds(product, device)
     torch.cuda.empty_cache()
-    return Limits(bandwidth, flops, sustained)
+    return limits._replace(sustained=flops)
 
 
 def _product(device: str, dtype: torch.dtype, width: int) -> Callable[[], Tensor]:

@@ -22,7 +22,7 @@ from flover.kernels.triton.attention_kernels import decode, prefill
 from flover.kernels.triton.common import arrivals, assert_heads_side_by_side, launch_options
 from flover.kernels.triton.rotary import rotary_store
 
-PREFILL_ROWS = 128  # of a program's tile: queries, each with the heads of `packed_heads`
+PREFILL_ROWS = 128  # of a program's tile: a query and a head each
 INVARIANT_TILE = 16  # queries of one program, batch-invariant: tiles begin at multiples of it in absolute positions
 PROGRAMS = 528  # that a decode launch aims at: four for each multiprocessor of an H100 or H200
 MAX_SPLITS = 32
@@ -55,14 +55,9 @@ class DeviceMetadata:
     contiguous: bool
 
 
-def packed_heads(num_heads: int, kv_heads: int) -> int:
-    """Query heads of one kv head that a prefill tile has of each query: they read the same K and V."""
-    return math.gcd(num_heads // kv_heads, 8)
-
-
 def tile_queries(num_heads: int, kv_heads: int, batch_invariant: bool = False) -> int:
-    """Queries of a prefill tile."""
-    return INVARIANT_TILE if batch_invariant else PREFILL_ROWS // packed_heads(num_heads, kv_heads)
+    """Queries of a prefill tile, which has several query heads of one kv head of each: they read the same K and V."""
+    return INVARIANT_TILE if batch_invariant else PREFILL_ROWS // math.gcd(num_heads // kv_heads, 8)
 
 
 def prefill_tiles(q_lens: npt.ArrayLike, first_entry: int, queries: int) -> tuple[Ints, Ints]:
