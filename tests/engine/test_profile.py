@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -160,7 +161,8 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_command_mistakes(
     arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flover.cli.profile.measured_limits", None)  # mistakes show before it is called
+    command = import_module("flover.cli.profile")  # by its name it may be the function of `flover.cli`
+    monkeypatch.setattr(command, "measured_limits", None)  # mistakes show before it is called
     assert main(["profile", *SMALL, *arguments]) == 2
     out, err = capfd.readouterr()
     assert (out, message in err) == ("", True)
