@@ -233,9 +233,7 @@ class ConcurrentSystem(InstancesSystem):
 
     def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
         cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
-        config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
-        folder, model_config, hardware, weights = survey(config)
-        resolved = settle(config, folder, model_config, hardware, weights)
+        config, resolved, folder = one_row(config)
         most = most_instances(resolved)
         on_cpu = resolved.engine.device == "cpu"
         count = count or min(DEFAULT_INSTANCES, wanted, most, cores if on_cpu else most)
@@ -265,6 +263,13 @@ class ConcurrentSystem(InstancesSystem):
             raise
         finally:
             torch.set_num_threads(threads)
+
+
+def one_row(config: EngineConfig) -> tuple[EngineConfig, ResolvedConfig, Path]:
+    """Settings of an instance, as given and as they are here, and the checkpoint's folder."""
+    config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
+    found = survey(config)
+    return config, settle(config, *found), found[0]
 
 
 def most_instances(resolved: ResolvedConfig) -> int:
