@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from flover.bench.figures import arrivals, headline, lengths, progress, reorder
-from flover.bench.figures.context import Bench, Figure, gap_figure
+from flover.bench.figures.context import Bench, Figure
 from flover.bench.figures.digests import Data, total
 from flover.bench.figures.scale import SCALES
+from flover.bench.figures.servers import MissingError
 from flover.bench.results import provenance, write_json
 from flover.bench.systems import OUTSIDE, check_name
 
@@ -145,7 +146,7 @@ def _estimate(names: Sequence[str], bench: Bench, say: Callable[[str], None]) ->
     known: set[tuple[str, str]] = set()
     for name in names:
         bench.todo.clear()
-        FIGURES[name].make(bench)
+        _figure(name, bench)
         pieces: dict[str, list[float]] = {}
         for piece, cell, seconds in bench.todo:
             if (piece, cell) not in known:
@@ -173,12 +174,20 @@ def _stored(output: Path, name: str, bench: Bench) -> Data | None:
     return data if same else None
 
 
+def _figure(name: str, bench: Bench) -> Figure:
+    """One that cannot run is a gap."""
+    try:
+        return FIGURES[name].make(bench)
+    except MissingError as error:
+        why = str(error)
+    except MemoryError as error:
+        why = f"out of memory: {error}"
+    return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])
+
+
 def _make(name: str, bench: Bench) -> Data:
     bench.unmeasured.clear()
-    try:
-        figure = FIGURES[name].make(bench)
-    except MemoryError as error:
-        figure = gap_figure(f"out of memory: {error}")
+    figure = _figure(name, bench)
     environment = provenance(bench.device)
     stand_in = (
         f"Scale {bench.scale.name}: random models of two layers stand in for the paper's, and the fastest of"

@@ -56,11 +56,6 @@ class Figure:
     plot: Data = field(default_factory=dict)
 
 
-def gap_figure(why: str) -> Figure:
-    """A figure that could not run."""
-    return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])
-
-
 class Bench:
     """Args: folder: of the output, which gets `pieces/`. places: for the config.json of each model.
 
