@@ -21,7 +21,7 @@ from flover.bench.figures.context import Bench, Figure
 from flover.bench.figures.digests import Data, total
 from flover.bench.figures.scale import SCALES
 from flover.bench.figures.servers import MissingError
-from flover.bench.results import provenance, write_json
+from flover.bench.results import provenance, write_json, write_text
 from flover.bench.systems import OUTSIDE, check_name
 
 
@@ -137,7 +137,7 @@ def draw_figures(output: Path, figures: Sequence[str], say: Callable[[str], None
         from flover.bench.figures.summary import table
 
         _draw("summary:draw", headline, output / "headline.png")
-        (output / "headline.md").write_text(table(headline, _read(output / "4c.json")), encoding="utf-8")
+        write_text(output / "headline.md", table(headline, _read(output / "4c.json")))
 
 
 def _estimate(names: Sequence[str], bench: Bench, say: Callable[[str], None]) -> None:
