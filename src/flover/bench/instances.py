@@ -67,7 +67,8 @@ class Instance:
 
     Args:
         config, resolved, folder: of `survey` and `settle`, once for all instances.
-        threads: of OpenMP, on a CPU. asleep: `ModelRunner.wait_asleep`. model: the first instance's; None: this is it.
+        threads: of OpenMP, on a CPU. asleep: `ModelRunner.wait_asleep`, where instances are more than cores.
+        model: the first instance's; None: this is it.
     """
 
     def __init__(
@@ -225,13 +226,12 @@ class ConcurrentSystem(InstancesSystem):
     Args:
         config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
         count: instances; None: 32, or as many as max_num_seqs, the memory or, on a CPU, its cores allow.
-        asleep: instances sleep while a GPU computes, and do not spin; None: if they are more than the cores.
 
     Raises:
         ValueError: more than fit, with what they need and how many would; or as `EngineCore`.
     """
 
-    def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
+    def __init__(self, name: str, config: EngineConfig, count: int | None = None) -> None:
         cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
         config, resolved, folder = one_row(config)
         most = most_instances(resolved)
@@ -246,15 +246,13 @@ class ConcurrentSystem(InstancesSystem):
             )
         if on_cpu:  # the instance computes in `submit`: nothing would overlap
             config = replace(config, overlap_depth=0)
-        if asleep is None:
-            asleep = count > cores
         threads = config.num_threads or torch.get_num_threads()
         super().__init__(name, count)
         model: CausalLM | None = None
         try:
             for worker in self._workers:
                 settings = replace(config, num_threads=None), resolved, folder
-                arguments = *settings, max(1, threads // count), asleep, model
+                arguments = *settings, max(1, threads // count), count > cores, model
                 instance = worker.submit(Instance, *arguments).result()
                 self.instances.append(instance)
                 model = instance.model

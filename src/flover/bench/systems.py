@@ -43,11 +43,7 @@ NAMES = (
 )
 OUTSIDE = ("transformers", "transformers:batch", "openai")
 RANKS = re.compile(r":tp([1-9][0-9]{0,2})$")
-OPTIONS = {
-    "dynamic": ("stream", "preferred", "max_batch"),
-    "concurrent": ("asleep",),
-    "openai": ("model", "timeout", "max_concurrency"),
-}
+OPTIONS = {"dynamic": ("stream", "preferred", "max_batch"), "openai": ("model",)}
 UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
 
 
@@ -61,7 +57,7 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
     Args:
         name: see the module.
         config: of the engine. What a system is defined by (policy, rows, layout) it sets itself.
-        options: OPTIONS; see `engines.DynamicSystem`, `instances.ConcurrentSystem`, `outside.OpenAISystem`.
+        options: OPTIONS; see `engines.DynamicSystem`, `outside.OpenAISystem`.
 
     Raises:
         SystemMissing: an outside system that is not here.
@@ -84,7 +80,7 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
     if kind == "concurrent":
         from flover.bench.instances import ConcurrentSystem
 
-        return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None, **options)
+        return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None)
     if kind == "concurrent-processes":
         from flover.bench.processes import ProcessesSystem
 
