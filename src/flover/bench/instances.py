@@ -251,9 +251,8 @@ class ConcurrentSystem(InstancesSystem):
         model: CausalLM | None = None
         try:
             for worker in self._workers:
-                settings = replace(config, num_threads=None), resolved, folder
-                arguments = *settings, max(1, threads // count), count > cores, model
-                instance = worker.submit(Instance, *arguments).result()
+                share, alone = max(1, threads // count), replace(config, num_threads=None)
+                instance = worker.submit(Instance, alone, resolved, folder, share, count > cores, model).result()
                 self.instances.append(instance)
                 model = instance.model
         except BaseException:

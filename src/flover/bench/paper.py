@@ -102,9 +102,8 @@ def run_figures(
     output.mkdir(parents=True, exist_ok=True)
     done = 0
     with tempfile.TemporaryDirectory() as place:
-        options: dict[str, Any] = {"device": device, "only": models, "overwrite": overwrite, "draws": draws}
-        options |= {"budget": budget, "outside": outside}
-        bench = Bench(SCALES[scale], seed, output, Path(place), say=lambda s: say(f"  {s}"), **options)
+        settings = device, models, overwrite, draws, budget, outside
+        bench = Bench(SCALES[scale], seed, output, Path(place), *settings, say=lambda line: say(f"  {line}"))
         stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
         _estimate([name for name, data in stored.items() if data is None], bench, say)
         try:

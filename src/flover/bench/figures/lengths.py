@@ -62,12 +62,9 @@ def measure_modes(
         system = MODES[mode] + (f":tp{ranks}" if ranks > 1 else "")
         found[mode] = bench.measure(group, model, system, jobs, reference["tokens"])
     if instances:
-        few = {k: j for k, j in jobs.items() if len(j) == most and k.endswith("| 0")}
-        few = {
-            k: j
-            for k, j in few.items()
-            if int(k.split(" | ")[1]) <= max(published.RANDOM["v1_fig_9a_32_requests"]["upper"])
-        }
+        top = max(published.RANDOM["v1_fig_9a_32_requests"]["upper"])
+        keys = [f"{n} | {upper} | 0" for n, upper in cells if n == most and upper <= top]
+        few = {key: jobs[key] for key in keys}
         try:
             found["concurrent"] = bench.measure(group, model, f"concurrent:{most}", few, reference["tokens"])
         except MissingError as error:
