@@ -18,7 +18,7 @@ from rich.console import Console
 
 import flover
 from flover.cli import admin, bench, cluster
-from flover.cli.options import with_options
+from flover.cli.options import with_model, with_options
 from flover.config import EngineConfig
 from flover.engine.launch import COMMAND, launched
 from flover.sampling_params import SamplingParams
@@ -107,11 +107,12 @@ def serve(
     if replicas is None:
         if max_replicas is not None or ray_address is not None or nodes != 1 or cpus != 1:
             raise ValueError("--max-replicas, --ray-address, --nodes and --cpus need --replicas")
-        return run_serve(name, api_key or (), server, engine)
+        return run_serve(api_key or (), server, with_model(name, engine))
     from flover.cli.cluster import run_replicas
 
-    settings = {"address": ray_address, "replicas": replicas, "max_replicas": max_replicas}
-    return run_replicas(name, api_key or (), server, engine, {**settings, "nodes": nodes, "cpus": cpus})
+    settings: dict[str, Any] = {"address": ray_address, "replicas": replicas, "max_replicas": max_replicas}
+    settings |= {"nodes": nodes, "cpus": cpus}
+    return run_replicas(api_key or (), server, with_model(name, engine), settings)
 
 
 @app.command("run-batch")
@@ -155,8 +156,7 @@ def plan(
     from flover.cli.plan import run_plan
     from flover.cli.plan_cluster import run_cluster_plan
 
-    if name is not None:
-        engine = {"model": name, **engine}
+    engine = with_model(name, engine)
     if hardware is None:
         if replicas != 1:
             raise ValueError("--replicas of a plan needs --hardware h200, h100, a100 or a .toml file")

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flover.cli.options import with_options
+from flover.cli.options import with_model, with_options
 from flover.config import EngineConfig
 from flover.server.config import ServerConfig
 
@@ -24,22 +24,18 @@ DRAIN = 30.0
 
 
 def run_replicas(
-    model: str | None,
-    api_keys: Sequence[str],
-    server: Mapping[str, Any],
-    engine: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> int:
     """`flover serve --replicas`: replicas and an ingress for as long as this process lives. -> exit code."""
     from flover.cli.serve import KEYS, all_keys
     from flover.cluster.ray import ClusterConfig, connected, down, up
 
     config, keys = ClusterConfig(**settings), all_keys(api_keys)
-    served, ranks = _check(model, {**server, "api_keys": keys}, engine)
+    served, ranks = _check({**server, "api_keys": keys}, engine)
     with _listener(served) as listener, connected(config.address):
         if keys:
             os.environ[KEYS] = ",".join(keys)
-        up(config, arguments(model, server, engine), ranks, served.drain_timeout)
+        up(config, arguments(server, engine), ranks, served.drain_timeout)
         try:
             return _serve(listener, served, config.app)
         finally:
@@ -85,9 +81,10 @@ def up(
         ray_address, app_name, replicas, max_replicas, target_queue_tokens, nodes, gpus, cpus, **rows
     )
     server = {"served_model_names": served_model_name or (), "drain_timeout": drain_timeout}
-    _, ranks = _check(name, server, engine)
+    engine = with_model(name, engine)
+    _, ranks = _check(server, engine)
     with connected(ray_address):
-        bring_up(config, arguments(name, server, engine), ranks, drain_timeout)
+        bring_up(config, arguments(server, engine), ranks, drain_timeout)
     return status(app_name, ray_address)
 
 
@@ -102,7 +99,7 @@ def ingress(
     """A port for the replicas; any number of them may run, on any machine of the cluster."""
     from flover.cluster.ray import connected
 
-    served, _ = _check(None, {"host": host, "port": port, "drain_timeout": drain_timeout}, {})
+    served, _ = _check({"host": host, "port": port, "drain_timeout": drain_timeout}, {})
     with _listener(served) as listener, connected(ray_address):
         return _serve(listener, served, app_name)
 
@@ -134,13 +131,13 @@ def down(app_name: Name = "flover", ray_address: Address = "auto") -> int:
     return 0
 
 
-def _check(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> tuple[ServerConfig, int]:
+def _check(server: Mapping[str, Any], engine: Mapping[str, Any]) -> tuple[ServerConfig, int]:
     """ValueError for settings that no replica would take, before any is started. -> the server's, a replica's ranks."""
     from flover.cli.serve import need_packages
 
     need_packages()
     served = ServerConfig(**server)
-    return served, EngineConfig(**{**({} if model is None else {"model": model}), **engine}).num_ranks
+    return served, EngineConfig(**engine).num_ranks
 
 
 def _listener(served: ServerConfig) -> Any:
@@ -165,10 +162,10 @@ def _serve(listener: Any, served: ServerConfig, app_name: str) -> int:
 NOT_THEIRS = ("host", "port", "admin_socket", "served_model_names")
 
 
-def arguments(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> list[str]:
+def arguments(server: Mapping[str, Any], engine: Mapping[str, Any]) -> list[str]:
     """The command line of `flover serve` that has these settings."""
     given: dict[str, Any] = {k: v for k, v in server.items() if k not in NOT_THEIRS} | dict(engine)
-    words = [] if model is None else [model]
+    words = []
     for value in server.get("served_model_names", ()):
         words += ["--served-model-name", value]
     for name, value in given.items():

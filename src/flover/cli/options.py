@@ -149,6 +149,15 @@ def with_options(*without: str, **groups: type) -> Callable[[Callable[..., Any]]
     return decorate
 
 
+def with_model(name: str | None, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's options with the model that was given as an argument; ValueError if --model was given too."""
+    if name is None:
+        return dict(engine)
+    if "model" in engine:
+        raise ValueError(f"give the model once, got {name!r} and --model {engine['model']!r}")
+    return {"model": name, **engine}
+
+
 def _fields(cls: type) -> list[Field[Any]]:
     skipped = SKIPPED | (SKIPPED_SAMPLING if cls is SamplingParams else set())
     return [f for f in fields(cls) if f.name not in skipped]

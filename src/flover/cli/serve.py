@@ -18,7 +18,7 @@ from flover.server.config import ServerConfig
 KEYS = "FLOVER_API_KEY"
 
 
-def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
+def run_serve(api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
     """-> exit code."""
     need_packages()
     from flover.server.serve import run
@@ -30,12 +30,7 @@ def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, A
         check_tracing()
     if launched() is not None:  # the other ranks end with an engine, and only torchrun starts them again
         config = replace(config, max_restarts=0)
-    options = {"order": "fair", **engine}
-    if model is not None:
-        if "model" in options:
-            raise ValueError(f"give the model once, got {model!r} and --model {options['model']!r}")
-        options["model"] = model
-    return run(config, options)
+    return run(config, {"order": "fair", **engine})
 
 
 def all_keys(given: Sequence[str]) -> list[str]:
