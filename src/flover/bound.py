@@ -122,7 +122,8 @@ class Bound:
                 continue
             tensors = [t for t in _tensors(module) if _address(t) not in seen]
             seen.update(_address(t) for t in tensors)
-            size, count = (sum(t.numel() * n(t) for t in tensors) for n in (Tensor.element_size, lambda _: 1))
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            count = sum(t.numel() for t in tensors)
             self.weight_bytes += size
             self.parameters += count
             if isinstance(module, Linear):

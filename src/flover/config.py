@@ -148,6 +148,11 @@ class KVConfig:
     prefix_caching: bool
     debug_poison: bool = False
 
+    @property
+    def room(self) -> int:
+        """Tokens of the longest request that it can hold."""
+        return self.block_size * (self.num_blocks if self.layout == "paged" else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:

@@ -15,10 +15,9 @@ from pathlib import Path
 def process_age() -> float:
     """Seconds since this process was created (Linux), else 0. Resolution: 10 ms."""
     try:
-        started = (
-            Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19]
-        )  # field 22, clock ticks from boot
-        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK"), 0.0)
+        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()  # from the third on
+        started = int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")  # seconds from boot
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 0.0)
     except (OSError, AttributeError, IndexError, ValueError):
         return 0.0
 

@@ -43,7 +43,7 @@ class Tokenizer:
         backend.no_padding()
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._special_tokens = dict(special_tokens or {})
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self._name = name
 
     @classmethod
@@ -63,10 +63,6 @@ class Tokenizer:
         contents = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
         special = {n: t for n, t in contents.items() if isinstance(t, str)}
         return cls(backend, special, find_template(folder, config), str(folder))
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._chat_template
 
     @cached_property
     def longest_token(self) -> int:
@@ -119,10 +115,10 @@ class Tokenizer:
         """
         chat = check_messages(messages)
         check_arguments(arguments or {}, self._special_tokens)
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise ValueError(f"{self._name} has no chat template (tokenizer_config.json, chat_template.jinja)")
         try:
-            return render(self._chat_template, chat, add_generation_prompt, self._special_tokens, tools, arguments)
+            return render(self.chat_template, chat, add_generation_prompt, self._special_tokens, tools, arguments)
         except Exception as error:  # a template can fail in any way that Python can
             raise ValueError(f"the chat template of {self._name} failed: {_one_line(error)}") from None
 
@@ -151,17 +147,8 @@ class IncrementalDetokenizer:
         if self._prefix_text.endswith(REPLACEMENT):  # ends in half a character: not a context to build on
             self._prefix, self._prefix_text = [], ""
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The new text that these tokens complete."""
-        return "".join([self._push(token_id) for token_id in token_ids])
-
-    def flush(self) -> str:
-        """What still waits, at the end: half a character is U+FFFD now."""
-        text = self._new_text()
-        self._advance(len(self._pending))
-        return text
-
-    def _push(self, token_id: int) -> str:
+    def push(self, token_id: int) -> str:
+        """The new text that this token completes."""
         if not self._tokenizer.is_visible(token_id, self._skip):
             return ""
         self._pending.append(token_id)
@@ -170,6 +157,12 @@ class IncrementalDetokenizer:
             self._advance(len(self._pending))
             return text
         return "" if len(self._pending) < self.MAX_WAIT else self._release(text)
+
+    def flush(self) -> str:
+        """What still waits, at the end: half a character is U+FFFD now."""
+        text = self._new_text()
+        self._advance(len(self._pending))
+        return text
 
     def _release(self, text: str) -> str:
         """Bytes that can no longer become a character: give out up to a boundary that splits none."""

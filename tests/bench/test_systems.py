@@ -331,6 +331,15 @@ def test_an_unknown_option_is_refused(echo: EngineConfig) -> None:
         make_system("dynamic", echo, window=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "reorder", "ranks"),
+    [("fused", "paged", "move", 1), ("fused:tp2", "paged", "move", 2), ("fused:off:tp4", "slab", "off", 4)],
+)
+def test_what_a_name_of_fused_sets(echo: EngineConfig, name: str, layout: str, reorder: str, ranks: int) -> None:
+    config = systems._fused(name, echo)
+    assert (config.kv_layout, config.reorder, config.tensor_parallel_size) == (layout, reorder, ranks)
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("50ms", 0.05), ("2s", 2.0), ("16", 16.0), ("0.5s", 0.5), ("0", 0.0)])
 def test_delays(text: str, seconds: float) -> None:
     assert systems.parse_delay(text) == seconds

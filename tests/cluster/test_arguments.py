@@ -22,8 +22,8 @@ MANY = """serve kjv-gpt2 --served-model-name a --served-model-name b --allowed-o
 def test_settings_survive(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
 
-    def taken(model: str | None, keys: Sequence[str], server: dict[str, Any], engine: dict[str, Any]) -> int:
-        given.append((model, server, engine))
+    def taken(keys: Sequence[str], server: dict[str, Any], engine: dict[str, Any]) -> int:
+        given.append((server, engine))
         return 0
 
     monkeypatch.setattr(import_module("flover.cli.serve"), "run_serve", taken)
@@ -60,6 +60,9 @@ def test_replicas_take_all_keys_and_have_all_ranks(monkeypatch: pytest.MonkeyPat
         ("run-batch -i a -o b --ray --replicas 0", "replicas must be at least 1, got 0"),
         ("run-batch -i a -o b --ray --cpus nan", "cpus must be a number of at least 0, got nan"),
         ("run-batch -i a -o b --replicas 2", "--replicas, --ray-address and --cpus need --ray"),
+        ("serve a --replicas 1 --model b", "give the model once, got 'a' and --model 'b'"),
+        ("cluster up a --model b", "give the model once, got 'a' and --model 'b'"),
+        ("plan a --model b", "give the model once, got 'a' and --model 'b'"),
         ("cluster up -tp 0", "tensor_parallel_size must be an integer of at least 1, got 0"),
     ],
 )

@@ -45,7 +45,7 @@ FALLBACK = byte_fallback()
 
 def stream(tokenizer: Tokenizer, ids: list[int], skip: bool = True) -> list[str]:
     detokenizer = IncrementalDetokenizer(tokenizer, skip)
-    pieces = [detokenizer.push([i]) for i in ids] + [detokenizer.flush()]
+    pieces = [detokenizer.push(i) for i in ids] + [detokenizer.flush()]
     assert detokenizer.flush() == "", "flushing twice gives nothing"
     return pieces
 
@@ -80,7 +80,7 @@ def test_no_piece_ends_in_half_a_character(text: str, data: st.DataObject) -> No
     ids = [i for character in text for i in TOKENIZER.encode(character)]
     cut = data.draw(st.integers(0, len(ids)))
     detokenizer = IncrementalDetokenizer(TOKENIZER)
-    given_out = "".join(detokenizer.push([i]) for i in ids[:cut])
+    given_out = "".join(detokenizer.push(i) for i in ids[:cut])
     assert "\ufffd" not in given_out
     assert text.startswith(given_out)
     rest = detokenizer.flush()
@@ -114,14 +114,14 @@ def test_one_bad_byte_does_not_spoil_its_neighbours() -> None:
 
 def test_space_at_the_joint_with_the_prompt() -> None:
     assert FALLBACK.decode([257]) == "b"
-    assert IncrementalDetokenizer(FALLBACK, context=[256]).push([257]) == " b"
+    assert IncrementalDetokenizer(FALLBACK, context=[256]).push(257) == " b"
 
 
 @pytest.mark.parametrize("token", [0, 129, VOCAB + 7])
 def test_look_back_is_bounded(token: int) -> None:
     """Special tokens, bytes that are never a character, unknown ids: none of them piles up."""
     detokenizer = IncrementalDetokenizer(TOKENIZER)
-    text = "".join(detokenizer.push([token]) for _ in range(2000))
+    text = "".join(detokenizer.push(token) for _ in range(2000))
     assert len(detokenizer._pending) < 8
     assert len(detokenizer._prefix) < 8
     assert text + detokenizer.flush() == TOKENIZER.decode([token] * 2000)

@@ -67,7 +67,8 @@ class Instance:
 
     Args:
         config, resolved, folder: of `survey` and `settle`, once for all instances.
-        threads: of OpenMP, on a CPU. asleep: `ModelRunner.wait_asleep`. model: the first instance's; None: this is it.
+        threads: of OpenMP, on a CPU. asleep: `ModelRunner.wait_asleep`, where instances are more than cores.
+        model: the first instance's; None: this is it.
     """
 
     def __init__(
@@ -225,17 +226,14 @@ class ConcurrentSystem(InstancesSystem):
     Args:
         config: the engine's; one row for each instance, whose KV cache holds one request of max_model_len.
         count: instances; None: 32, or as many as max_num_seqs, the memory or, on a CPU, its cores allow.
-        asleep: instances sleep while a GPU computes, and do not spin; None: if they are more than the cores.
 
     Raises:
         ValueError: more than fit, with what they need and how many would; or as `EngineCore`.
     """
 
-    def __init__(self, name: str, config: EngineConfig, count: int | None = None, asleep: bool | None = None) -> None:
+    def __init__(self, name: str, config: EngineConfig, count: int | None = None) -> None:
         cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
-        config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
-        folder, model_config, hardware, weights = survey(config)
-        resolved = settle(config, folder, model_config, hardware, weights)
+        config, resolved, folder = one_row(config)
         most = most_instances(resolved)
         on_cpu = resolved.engine.device == "cpu"
         count = count or min(DEFAULT_INSTANCES, wanted, most, cores if on_cpu else most)
@@ -248,16 +246,13 @@ class ConcurrentSystem(InstancesSystem):
             )
         if on_cpu:  # the instance computes in `submit`: nothing would overlap
             config = replace(config, overlap_depth=0)
-        if asleep is None:
-            asleep = count > cores
         threads = config.num_threads or torch.get_num_threads()
         super().__init__(name, count)
         model: CausalLM | None = None
         try:
             for worker in self._workers:
-                settings = replace(config, num_threads=None), resolved, folder
-                arguments = *settings, max(1, threads // count), asleep, model
-                instance = worker.submit(Instance, *arguments).result()
+                share, alone = max(1, threads // count), replace(config, num_threads=None)
+                instance = worker.submit(Instance, alone, resolved, folder, share, count > cores, model).result()
                 self.instances.append(instance)
                 model = instance.model
         except BaseException:
@@ -265,6 +260,13 @@ class ConcurrentSystem(InstancesSystem):
             raise
         finally:
             torch.set_num_threads(threads)
+
+
+def one_row(config: EngineConfig) -> tuple[EngineConfig, ResolvedConfig, Path]:
+    """Settings of an instance, as given and as they are here, and the checkpoint's folder."""
+    config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
+    found = survey(config)
+    return config, settle(config, *found), found[0]
 
 
 def most_instances(resolved: ResolvedConfig) -> int:

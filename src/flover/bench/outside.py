@@ -149,21 +149,13 @@ class OpenAISystem:
     Args:
         url: of the server, with or without /v1.
         model: its name there; None: the first that /v1/models lists.
-        timeout: seconds without a byte after which a request has failed. max_concurrency: requests in flight at most.
 
     Raises:
         SystemMissing: nothing answers there, or aiohttp is not installed. ValueError: no http(s) URL.
     """
 
-    def __init__(
-        self,
-        name: str,
-        url: str,
-        model: str | None = None,
-        timeout: float = 600.0,
-        max_concurrency: int | None = None,
-    ) -> None:
-        self.name, self._max_concurrency = name, max_concurrency
+    def __init__(self, name: str, url: str, model: str | None = None) -> None:
+        self.name = name
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{name} needs a URL such as openai:http://localhost:8000")
@@ -177,14 +169,14 @@ class OpenAISystem:
             model = model or first_model(base, key)["id"]
         except ValueError as error:
             raise SystemMissing(str(error)) from None
-        self._endpoint = Endpoint(f"{base}/v1/completions", model, key=key, timeout=timeout)
+        self._endpoint = Endpoint(f"{base}/v1/completions", model, key=key)
 
     def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
         """As `records.System.run`. A server that does not send token ids leaves them out."""
         from flover.bench.client import drive
 
         prompts = [job.prompt for job in jobs]
-        return Run(self.name, drive(self._endpoint, jobs, prompts, self._max_concurrency, progress))
+        return Run(self.name, drive(self._endpoint, jobs, prompts, progress=progress))
 
     def close(self) -> None:
         pass

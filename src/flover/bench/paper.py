@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from flover.bench.figures import arrivals, headline, lengths, progress, reorder
-from flover.bench.figures.context import Bench, Figure, gap_figure
+from flover.bench.figures.context import Bench, Figure
 from flover.bench.figures.digests import Data, total
 from flover.bench.figures.scale import SCALES
-from flover.bench.results import provenance, write_json
+from flover.bench.figures.servers import MissingError
+from flover.bench.results import provenance, write_json, write_text
 from flover.bench.systems import OUTSIDE, check_name
 
 
@@ -101,9 +102,8 @@ def run_figures(
     output.mkdir(parents=True, exist_ok=True)
     done = 0
     with tempfile.TemporaryDirectory() as place:
-        options: dict[str, Any] = {"device": device, "only": models, "overwrite": overwrite, "draws": draws}
-        options |= {"budget": budget, "outside": outside}
-        bench = Bench(SCALES[scale], seed, output, Path(place), say=lambda s: say(f"  {s}"), **options)
+        settings = device, models, overwrite, draws, budget, outside
+        bench = Bench(SCALES[scale], seed, output, Path(place), *settings, say=lambda line: say(f"  {line}"))
         stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
         _estimate([name for name, data in stored.items() if data is None], bench, say)
         try:
@@ -136,7 +136,7 @@ def draw_figures(output: Path, figures: Sequence[str], say: Callable[[str], None
         from flover.bench.figures.summary import table
 
         _draw("summary:draw", headline, output / "headline.png")
-        (output / "headline.md").write_text(table(headline, _read(output / "4c.json")), encoding="utf-8")
+        write_text(output / "headline.md", table(headline, _read(output / "4c.json")))
 
 
 def _estimate(names: Sequence[str], bench: Bench, say: Callable[[str], None]) -> None:
@@ -145,7 +145,7 @@ def _estimate(names: Sequence[str], bench: Bench, say: Callable[[str], None]) ->
     known: set[tuple[str, str]] = set()
     for name in names:
         bench.todo.clear()
-        FIGURES[name].make(bench)
+        _figure(name, bench)
         pieces: dict[str, list[float]] = {}
         for piece, cell, seconds in bench.todo:
             if (piece, cell) not in known:
@@ -173,12 +173,20 @@ def _stored(output: Path, name: str, bench: Bench) -> Data | None:
     return data if same else None
 
 
+def _figure(name: str, bench: Bench) -> Figure:
+    """One that cannot run is a gap."""
+    try:
+        return FIGURES[name].make(bench)
+    except MissingError as error:
+        why = str(error)
+    except MemoryError as error:
+        why = f"out of memory: {error}"
+    return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])
+
+
 def _make(name: str, bench: Bench) -> Data:
     bench.unmeasured.clear()
-    try:
-        figure = FIGURES[name].make(bench)
-    except MemoryError as error:
-        figure = gap_figure(f"out of memory: {error}")
+    figure = _figure(name, bench)
     environment = provenance(bench.device)
     stand_in = (
         f"Scale {bench.scale.name}: random models of two layers stand in for the paper's, and the fastest of"

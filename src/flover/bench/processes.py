@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from flover.bench.engines import Parting, new_records
-from flover.bench.instances import DEFAULT_INSTANCES, Instance, InstancesSystem, Session
+from flover.bench.instances import DEFAULT_INSTANCES, Instance, InstancesSystem, Session, one_row
 from flover.bench.records import Job, Record
-from flover.config import EngineConfig, ResolvedConfig, human
-from flover.engine.engine import settle, survey
+from flover.config import EngineConfig, human
 from flover.metrics import StepStats
 from flover.resolve import memory_share
 
@@ -92,7 +91,7 @@ def _serve(pipe: Connection, config: EngineConfig, threads: int, asleep: bool) -
     """The process: one answer to each question, an exception if it cannot; ends with the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     try:
-        instance = Instance(config, *_settled(config), threads, asleep, None)
+        instance = Instance(*one_row(config), threads, asleep, None)
         instance.core.warm_up()
         pipe.send(None)
     except Exception as error:
@@ -121,11 +120,6 @@ def _serve_one(instance: Instance, job: Job, origin: float) -> tuple[Record, lis
     return session.records[0], steps
 
 
-def _settled(config: EngineConfig) -> tuple[ResolvedConfig, Any]:
-    folder, model, hardware, weights = survey(config)
-    return settle(config, folder, model, hardware, weights), folder
-
-
 class ProcessesSystem(InstancesSystem):
     """See the module.
 
@@ -139,8 +133,7 @@ class ProcessesSystem(InstancesSystem):
 
     def __init__(self, name: str, config: EngineConfig, count: int | None = None) -> None:
         cores, wanted = os.cpu_count() or 1, config.max_num_seqs or DEFAULT_INSTANCES
-        config = replace(config, policy="serial", max_num_seqs=1, num_kv_blocks=None, kv_cache_memory_bytes=None)
-        resolved, _ = _settled(config)
+        config, resolved, _ = one_row(config)
         memory, device = resolved.memory, resolved.engine.device
         each = memory.weights + memory.step + memory.kv + (0 if device == "cpu" else CONTEXT_BYTES)
         most = int(memory.free * memory_share(resolved.engine, device) // each)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from flover.bench.report_tables import Chart, Table, is_rows, tables_of
 from flover.bench.report_timeline import TimelineView
+from flover.bench.results import write_text
 
 ORDER = ("4a", "4b", "4c", "progress", "8", "fixed", "random", "reorder", "memory", "tp")  # the paper's figures
 VERDICTS = {"yes": "yes", "reproduced": "yes", "surpassed": "yes", "partly": "partly", "no": "no", "gap": "gap"}
@@ -87,9 +87,7 @@ def report(folder: Path, output: Path) -> int:
         if figure.verdict == "gap" and not figure.gaps:
             gaps.append((figure.id, " ".join([figure.verdict_text, *figure.notes]).strip()))
     gaps += [(name, "not run") for name in ORDER if not any(f.id.split("-")[0] == name for f in figures)]
-    partial = Path(f"{output}.partial")
-    partial.write_text(_render(figures, timelines, gaps), encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, _render(figures, timelines, gaps))
     return len(figures)
 
 

@@ -17,7 +17,6 @@ No torch here: a system's own imports happen when it is made.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +43,7 @@ NAMES = (
 )
 OUTSIDE = ("transformers", "transformers:batch", "openai")
 RANKS = re.compile(r":tp([1-9][0-9]{0,2})$")
+OPTIONS = {"dynamic": ("stream", "preferred", "max_batch"), "openai": ("model",)}
 UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
 
 
@@ -57,8 +57,7 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
     Args:
         name: see the module.
         config: of the engine. What a system is defined by (policy, rows, layout) it sets itself.
-        options: of `dynamic`: stream, preferred, max_batch (`engines.DynamicSystem`); of `concurrent`: asleep
-            (`instances.ConcurrentSystem`); of `openai`: model, timeout, max_concurrency (`outside.OpenAISystem`).
+        options: OPTIONS; see `engines.DynamicSystem`, `outside.OpenAISystem`.
 
     Raises:
         SystemMissing: an outside system that is not here.
@@ -66,16 +65,45 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
     """
     check_name(name)
     kind, _, detail = name.partition(":")
-    makers: dict[str, Callable[[str, str, EngineConfig, dict[str, Any]], System]] = {
-        "serial": _serial,
-        "fused": _fused,
-        "dynamic": _dynamic,
-        "concurrent": _concurrent,
-        "concurrent-processes": _processes,
-        "transformers": _transformers,
-        "openai": _openai,
-    }
-    return makers[kind](name, detail, config, options)
+    known = OPTIONS.get(kind, ())
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}" + (f"; it has {', '.join(known)}" if known else ""))
+    if kind == "openai":
+        from flover.bench.outside import OpenAISystem
+
+        return OpenAISystem(name, detail, **options)
+    if kind == "transformers":
+        from flover.bench.outside import TransformersBatchSystem, TransformersSystem
+
+        return (TransformersBatchSystem if detail else TransformersSystem)(name, config)
+    if kind == "concurrent":
+        from flover.bench.instances import ConcurrentSystem
+
+        return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None)
+    if kind == "concurrent-processes":
+        from flover.bench.processes import ProcessesSystem
+
+        return ProcessesSystem(name, config, parse_count(name, detail) if detail else None)
+    from flover.bench.engines import DynamicSystem, EngineSystem
+
+    if kind == "dynamic":
+        return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0, **options)
+    if kind == "serial":
+        return EngineSystem(name, replace(config, policy="serial", max_num_seqs=1))
+    return EngineSystem(name, _fused(name, config))
+
+
+def _fused(name: str, config: EngineConfig) -> EngineConfig:
+    """As the mode of the cache and the number of ranks in a name want it."""
+    if (ranks := RANKS.search(name)) is not None:
+        config = replace(config, tensor_parallel_size=int(ranks[1]))
+    mode = RANKS.sub("", name).partition(":")[2]
+    if mode == "paged":
+        config = replace(config, kv_layout="paged")
+    elif mode:
+        config = replace(config, kv_layout="slab", reorder=mode, num_kv_blocks=None)
+    return replace(config, policy="fused")
 
 
 def check_name(name: str) -> None:
@@ -91,7 +119,7 @@ def check_name(name: str) -> None:
     elif kind == "fused" and RANKS.search(name):
         check_name(RANKS.sub("", name))
     elif name not in NAMES or name.endswith((":DELAY", ":N", ":tpN")):
-        raise _unknown(name)
+        raise ValueError(f"unknown system {name!r}; known: {', '.join(NAMES)}")
 
 
 def parse_delay(text: str) -> float:
@@ -124,68 +152,3 @@ def same_tokens(run: Run, reference: Run) -> tuple[float, int | None]:
             shorter = min(len(ours.token_ids), len(theirs.token_ids))
             parts.append(next((i for i, (a, b) in enumerate(pairs) if a != b), shorter))
     return 1 - len(parts) / max(len(run.records), 1), min(parts, default=None)
-
-
-def _unknown(name: str) -> ValueError:
-    return ValueError(f"unknown system {name!r}; known: {', '.join(NAMES)}")
-
-
-def _only(name: str, options: dict[str, Any], *known: str) -> None:
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}" + (f"; it has {', '.join(known)}" if known else ""))
-
-
-def _serial(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
-    from flover.bench.engines import EngineSystem
-
-    _only(name, options)
-    return EngineSystem(name, replace(config, policy="serial", max_num_seqs=1))
-
-
-def _fused(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
-    from flover.bench.engines import EngineSystem
-
-    _only(name, options)
-    if (ranks := RANKS.search(name)) is not None:
-        config, detail = replace(config, tensor_parallel_size=int(ranks[1])), RANKS.sub("", detail)
-    if detail == "paged":
-        config = replace(config, kv_layout="paged")
-    elif detail:
-        config = replace(config, kv_layout="slab", reorder=detail, num_kv_blocks=None)
-    return EngineSystem(name, replace(config, policy="fused"))
-
-
-def _dynamic(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
-    from flover.bench.engines import DynamicSystem
-
-    _only(name, options, "stream", "preferred", "max_batch")
-    return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0, **options)
-
-
-def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
-    from flover.bench.instances import ConcurrentSystem
-
-    _only(name, options, "asleep")
-    return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None, **options)
-
-
-def _processes(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
-    from flover.bench.processes import ProcessesSystem
-
-    _only(name, options)
-    return ProcessesSystem(name, config, parse_count(name, detail) if detail else None)
-
-
-def _transformers(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
-    from flover.bench.outside import TransformersBatchSystem, TransformersSystem
-
-    _only(name, options)
-    return (TransformersBatchSystem if detail else TransformersSystem)(name, config)
-
-
-def _openai(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
-    from flover.bench.outside import OpenAISystem
-
-    _only(name, options, "model", "timeout", "max_concurrency")
-    return OpenAISystem(name, detail, **options)

@@ -18,10 +18,11 @@ from rich.console import Console
 
 import flover
 from flover.cli import admin, bench, cluster
-from flover.cli.options import with_options
+from flover.cli.options import with_model, with_options
 from flover.config import EngineConfig
 from flover.engine.launch import COMMAND, launched
 from flover.sampling_params import SamplingParams
+from flover.server.config import ServerConfig
 
 app = typer.Typer(
     help="Temporal fusion of autoregressive decoding: many requests, one running batch.",
@@ -79,36 +80,11 @@ def chat(
 
 
 @app.command()
-@with_options(engine=EngineConfig)
+@with_options("api_keys", server=ServerConfig, engine=EngineConfig)
 def serve(
     name: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False)] = None,
     *,
-    host: Annotated[str, typer.Option(help="0.0.0.0 is every interface")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 is any free one")] = 8000,
-    served_model_name: Annotated[list[str] | None, typer.Option(help="as clients call it; may be repeated")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="may be repeated; better in FLOVER_API_KEY")] = None,
-    allowed_origins: Annotated[
-        list[str] | None, typer.Option(help="pages that may call from a browser; * is all; may be repeated")
-    ] = None,
-    allowed_methods: Annotated[list[str] | None, typer.Option(help="of those pages (default *)")] = None,
-    allowed_headers: Annotated[list[str] | None, typer.Option(help="of those pages (default *)")] = None,
-    max_queued_requests: Annotated[int, typer.Option(help="that may wait; more is a 429")] = 1024,
-    max_queued_tokens: Annotated[int, typer.Option(help="prompt tokens that may wait; more is a 429")] = 1 << 20,
-    max_body_bytes: Annotated[int, typer.Option(help="of a request; more is a 413")] = 8 << 20,
-    body_timeout: Annotated[float, typer.Option(help="seconds for a request to arrive")] = 30.0,
-    queue_timeout: Annotated[float | None, typer.Option(help="seconds to the first token; more is a 503")] = None,
-    request_timeout: Annotated[float | None, typer.Option(help="seconds to the last token; more is a 504")] = None,
-    drain_timeout: Annotated[float, typer.Option(help="seconds that requests have to finish after SIGTERM")] = 30.0,
-    metrics_compat: Annotated[str, typer.Option(metavar="flover|vllm", help="prefix of the metrics")] = "flover",
-    log_requests: Annotated[bool, typer.Option("--log-requests", help="a line of JSON at the end of each")] = False,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="with its prompt")] = False,
-    otlp_traces_endpoint: Annotated[str | None, typer.Option(help="URL that gets a span of each request")] = None,
-    admin_socket: Annotated[str, typer.Option(help="path of `flover admin`'s socket, or none")] = "",
-    max_restarts: Annotated[int, typer.Option(help="of a dying engine or front, in a row")] = 5,
-    engine_iteration_timeout: Annotated[float, typer.Option(help="seconds without a step until a restart")] = 60.0,
-    tool_call_parser: Annotated[
-        str | None, typer.Option(help="hermes, llama3_json or mistral; else the template's")
-    ] = None,
     replicas: Annotated[
         int | None, typer.Option(help="engines behind this port, on Ray", rich_help_panel="Ray")
     ] = None,
@@ -118,42 +94,25 @@ def serve(
     ] = None,
     nodes: Annotated[int, typer.Option(help="machines that a replica is spread over", rich_help_panel="Ray")] = 1,
     cpus: Annotated[float, typer.Option(help="of a replica on each node, for Ray", rich_help_panel="Ray")] = 1,
+    server: dict[str, Any],
     engine: dict[str, Any],
 ) -> int:
     """Serve the OpenAI API: /v1/chat/completions, /v1/completions and more."""
     from flover.cli.serve import names, run_serve
 
-    server = {
-        "host": host,
-        "port": port,
-        "served_model_names": served_model_name or (),
-        "allowed_origins": names("--allowed-origins", allowed_origins or ()),
-        "allowed_methods": names("--allowed-methods", allowed_methods or ("*",)),
-        "allowed_headers": names("--allowed-headers", allowed_headers or ("*",)),
-        "max_queued_requests": max_queued_requests,
-        "max_queued_tokens": max_queued_tokens,
-        "max_body_bytes": max_body_bytes,
-        "body_timeout": body_timeout,
-        "queue_timeout": queue_timeout,
-        "request_timeout": request_timeout,
-        "drain_timeout": drain_timeout,
-        "metrics_compat": metrics_compat,
-        "log_requests": log_requests or log_prompts,
-        "log_prompts": log_prompts,
-        "otlp_traces_endpoint": otlp_traces_endpoint,
-        "admin_socket": admin_socket,
-        "max_restarts": max_restarts,
-        "engine_iteration_timeout": engine_iteration_timeout,
-        "tool_call_parser": tool_call_parser,
-    }
+    for option in {"allowed_origins", "allowed_methods", "allowed_headers"} & server.keys():
+        server[option] = names(f"--{option.replace('_', '-')}", server[option])
+    if server.get("log_prompts"):
+        server["log_requests"] = True
     if replicas is None:
         if max_replicas is not None or ray_address is not None or nodes != 1 or cpus != 1:
             raise ValueError("--max-replicas, --ray-address, --nodes and --cpus need --replicas")
-        return run_serve(name, api_key or (), server, engine)
+        return run_serve(api_key or (), server, with_model(name, engine))
     from flover.cli.cluster import run_replicas
 
-    settings = {"address": ray_address, "replicas": replicas, "max_replicas": max_replicas}
-    return run_replicas(name, api_key or (), server, engine, {**settings, "nodes": nodes, "cpus": cpus})
+    settings: dict[str, Any] = {"address": ray_address, "replicas": replicas, "max_replicas": max_replicas}
+    settings |= {"nodes": nodes, "cpus": cpus}
+    return run_replicas(api_key or (), server, with_model(name, engine), settings)
 
 
 @app.command("run-batch")
@@ -197,8 +156,7 @@ def plan(
     from flover.cli.plan import run_plan
     from flover.cli.plan_cluster import run_cluster_plan
 
-    if name is not None:
-        engine = {"model": name, **engine}
+    engine = with_model(name, engine)
     if hardware is None:
         if replicas != 1:
             raise ValueError("--replicas of a plan needs --hardware h200, h100, a100 or a .toml file")

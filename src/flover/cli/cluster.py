@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flover.cli.options import with_options
+from flover.cli.options import with_model, with_options
 from flover.config import EngineConfig
+from flover.server.config import ServerConfig
 
 app = typer.Typer(help="Replicas of the server on a Ray cluster: they run until `down`.")
 Address = Annotated[str, typer.Option("--ray-address", help="head of the cluster, HOST:PORT or auto")]
@@ -23,25 +24,20 @@ DRAIN = 30.0
 
 
 def run_replicas(
-    model: str | None,
-    api_keys: Sequence[str],
-    server: Mapping[str, Any],
-    engine: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> int:
     """`flover serve --replicas`: replicas and an ingress for as long as this process lives. -> exit code."""
     from flover.cli.serve import KEYS, all_keys
     from flover.cluster.ray import ClusterConfig, connected, down, up
 
     config, keys = ClusterConfig(**settings), all_keys(api_keys)
-    ranks = _check(model, {**server, "api_keys": keys}, engine)
-    with _listener(server["host"], server["port"]) as listener, connected(config.address):
+    served, ranks = _check({**server, "api_keys": keys}, engine)
+    with _listener(served) as listener, connected(config.address):
         if keys:
             os.environ[KEYS] = ",".join(keys)
-        drain = server["drain_timeout"]
-        up(config, arguments(model, server, engine), ranks, drain)
+        up(config, arguments(server, engine), ranks, served.drain_timeout)
         try:
-            return _serve(listener, server["max_body_bytes"], server["body_timeout"], config.app, drain)
+            return _serve(listener, served, config.app)
         finally:
             down(config.app)
 
@@ -85,9 +81,10 @@ def up(
         ray_address, app_name, replicas, max_replicas, target_queue_tokens, nodes, gpus, cpus, **rows
     )
     server = {"served_model_names": served_model_name or (), "drain_timeout": drain_timeout}
-    ranks = _check(name, server, engine)
+    engine = with_model(name, engine)
+    _, ranks = _check(server, engine)
     with connected(ray_address):
-        bring_up(config, arguments(name, server, engine), ranks, drain_timeout)
+        bring_up(config, arguments(server, engine), ranks, drain_timeout)
     return status(app_name, ray_address)
 
 
@@ -102,9 +99,9 @@ def ingress(
     """A port for the replicas; any number of them may run, on any machine of the cluster."""
     from flover.cluster.ray import connected
 
-    _check(None, {"host": host, "port": port, "drain_timeout": drain_timeout}, {})
-    with _listener(host, port) as listener, connected(ray_address):
-        return _serve(listener, 8 << 20, 30.0, app_name, drain_timeout)
+    served, _ = _check({"host": host, "port": port, "drain_timeout": drain_timeout}, {})
+    with _listener(served) as listener, connected(ray_address):
+        return _serve(listener, served, app_name)
 
 
 @app.command()
@@ -134,18 +131,16 @@ def down(app_name: Name = "flover", ray_address: Address = "auto") -> int:
     return 0
 
 
-def _check(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
-    """ValueError for settings that no replica would take, before any is started. -> ranks of a replica."""
+def _check(server: Mapping[str, Any], engine: Mapping[str, Any]) -> tuple[ServerConfig, int]:
+    """ValueError for settings that no replica would take, before any is started. -> the server's, a replica's ranks."""
     from flover.cli.serve import need_packages
 
     need_packages()
-    from flover.server.config import ServerConfig
-
-    ServerConfig(**server)
-    return EngineConfig(**{**({} if model is None else {"model": model}), **engine}).num_ranks
+    served = ServerConfig(**server)
+    return served, EngineConfig(**engine).num_ranks
 
 
-def _listener(host: str, port: int) -> Any:
+def _listener(served: ServerConfig) -> Any:
     from flover.cli.serve import need_packages
     from flover.cluster.ray import need_ray
 
@@ -153,31 +148,30 @@ def _listener(host: str, port: int) -> Any:
     need_ray()
     from flover.server.serve import bind
 
-    return bind(host, port)
+    return bind(served.host, served.port)
 
 
-def _serve(listener: Any, max_body_bytes: int, body_timeout: float, app_name: str, drain: float) -> int:
+def _serve(listener: Any, served: ServerConfig, app_name: str) -> int:
     from flover.cluster.ingress import Ingress
     from flover.cluster.serve import serve_ingress
 
-    return asyncio.run(serve_ingress(listener, Ingress(max_body_bytes, body_timeout), app_name, drain))
+    ingress = Ingress(served.max_body_bytes, served.body_timeout)
+    return asyncio.run(serve_ingress(listener, ingress, app_name, served.drain_timeout))
 
 
 NOT_THEIRS = ("host", "port", "admin_socket", "served_model_names")
 
 
-def arguments(model: str | None, server: Mapping[str, Any], engine: Mapping[str, Any]) -> list[str]:
+def arguments(server: Mapping[str, Any], engine: Mapping[str, Any]) -> list[str]:
     """The command line of `flover serve` that has these settings."""
-    given: dict[str, Any] = {k: v for k, v in server.items() if k not in NOT_THEIRS and v is not None and v != ""}
-    given |= engine
-    words = [] if model is None else [model]
+    given: dict[str, Any] = {k: v for k, v in server.items() if k not in NOT_THEIRS} | dict(engine)
+    words = []
     for value in server.get("served_model_names", ()):
         words += ["--served-model-name", value]
     for name, value in given.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            if value or name in engine:
-                words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             for one in value if isinstance(value, list | tuple) else (value,):
                 words += [f"--{flag}", str(one)]

@@ -1,4 +1,4 @@
-"""Command line options made from the fields of `SamplingParams` and `EngineConfig`: one source of names and defaults.
+"""Command line options made from the fields of dataclasses such as `EngineConfig`: one source of names and defaults.
 
 An option that is not given is not passed on, so the defaults stay those of the dataclasses (and of the checkpoint).
 """
@@ -27,11 +27,12 @@ TYPES: dict[str, Any] = {
     "str | Sequence[str]": list[str],
     "Mapping[int, float]": list[str],
 }
-PANELS = {SamplingParams: "Sampling", EngineConfig: "Engine"}
+PANELS = {"SamplingParams": "Sampling", "EngineConfig": "Engine", "Load": "Workload"}
 SKIPPED = {"record_timeline", "structured_outputs"}  # --timeline sets the first; the second is for --input
 SKIPPED_SAMPLING = {"seed"}  # --seed is the engine's: it covers every prompt that brings none
 SPELLINGS = {
     "model": ("--model", "-m"),
+    "served_model_names": ("--served-model-name",),
     "max_tokens": ("--max-tokens", "-n"),
     "tensor_parallel_size": ("--tensor-parallel-size", "-tp", "--tp"),
     "pipeline_parallel_size": ("--pipeline-parallel-size", "-pp", "--pp"),
@@ -82,6 +83,27 @@ HELP = {
     "pipeline_parallel_size": "stages of layers, each of tensor_parallel_size ranks",
     "num_threads": "CPU threads",
     "debug_poison": "fill freed KV with NaN",
+    "host": "0.0.0.0 is every interface",
+    "port": "0 is any free one",
+    "served_model_names": "as clients call it; may be repeated",
+    "allowed_origins": "pages that may call from a browser; * is all; may be repeated",
+    "allowed_methods": "of those pages",
+    "allowed_headers": "of those pages",
+    "max_queued_requests": "that may wait; more is a 429",
+    "max_queued_tokens": "prompt tokens that may wait; more is a 429",
+    "max_body_bytes": "of a request; more is a 413",
+    "body_timeout": "seconds for a request to arrive",
+    "queue_timeout": "seconds to the first token; more is a 503",
+    "request_timeout": "seconds to the last token; more is a 504",
+    "drain_timeout": "seconds that requests have to finish after SIGTERM",
+    "metrics_compat": "prefix of the metrics: flover or vllm",
+    "log_requests": "a line of JSON at the end of each",
+    "log_prompts": "with its prompt",
+    "otlp_traces_endpoint": "URL that gets a span of each request",
+    "admin_socket": "path of `flover admin`'s socket, or none",
+    "max_restarts": "of a dying engine or front, in a row",
+    "engine_iteration_timeout": "seconds without a step until a restart",
+    "tool_call_parser": "hermes, llama3_json or mistral; else the template's",
     "num_prompts": "requests (default: 32, or all of a file)",
     "dataset_name": "random, trace, custom, or the lengths of a published one: see `flover bench workloads`",
     "dataset_path": "JSON lines; a trace: arrival, num_prompt or prompt_token_ids, num_output;"
@@ -127,6 +149,15 @@ def with_options(*without: str, **groups: type) -> Callable[[Callable[..., Any]]
     return decorate
 
 
+def with_model(name: str | None, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's options with the model that was given as an argument; ValueError if --model was given too."""
+    if name is None:
+        return dict(engine)
+    if "model" in engine:
+        raise ValueError(f"give the model once, got {name!r} and --model {engine['model']!r}")
+    return {"model": name, **engine}
+
+
 def _fields(cls: type) -> list[Field[Any]]:
     skipped = SKIPPED | (SKIPPED_SAMPLING if cls is SamplingParams else set())
     return [f for f in fields(cls) if f.name not in skipped]
@@ -136,7 +167,8 @@ def _option(field: Field[Any], cls: type) -> inspect.Parameter:
     name = field.name
     kind = TYPES[str(field.type).removesuffix(" | None")]
     choices = CHOICES.get(name) if cls is EngineConfig else None
-    default = None if field.default in (None, (), MISSING) else field.default
+    default = None if field.default in (None, (), "", MISSING) else field.default
+    default = " ".join(default) if isinstance(default, tuple) else default
     note = HELP.get(name, "")
     dashed = name.replace("_", "-")
     spellings = (f"--{dashed}/--no-{dashed}",) if kind is bool else SPELLINGS.get(name, (f"--{dashed}",))
@@ -145,7 +177,7 @@ def _option(field: Field[Any], cls: type) -> inspect.Parameter:
         help=f"{note} (default {default})".strip() if default is not None and name != "max_tokens" else note,
         show_default=False,
         metavar="|".join(choices) if choices else None,
-        rich_help_panel=PANELS.get(cls, "Workload"),
+        rich_help_panel=PANELS.get(cls.__name__),
     )
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes to
 import torch
 
 from flover.anatomy import ATTENTION, OTHER, PRODUCT, TRANSFER, Row, short_name
+from flover.bench.results import write_json
 from flover.bound import Bound, Limits, measured_limits
 from flover.config import EngineConfig, human
 from flover.engine.engine import EngineCore, survey
@@ -74,7 +74,7 @@ def run_profile(
             "weight_bytes": bound.weight_bytes,
             "profiles": [profile.to_json() for profile in profiles],
         }
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(output, result)
         console.print(f"\nwritten: {output}", soft_wrap=True)
     return 0
 

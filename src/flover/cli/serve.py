@@ -13,28 +13,24 @@ from typing import Any
 import msgspec
 
 from flover.engine.launch import launched
+from flover.server.config import ServerConfig
 
 KEYS = "FLOVER_API_KEY"
 
 
-def run_serve(model: str | None, api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
+def run_serve(api_keys: Sequence[str], server: Mapping[str, Any], engine: Mapping[str, Any]) -> int:
     """-> exit code."""
     need_packages()
-    from flover.server.config import ServerConfig
     from flover.server.serve import run
 
-    if server["otlp_traces_endpoint"]:
+    config = ServerConfig(**server, api_keys=all_keys(api_keys))
+    if config.otlp_traces_endpoint:
         from flover.server.tracing import check_tracing
 
         check_tracing()
     if launched() is not None:  # the other ranks end with an engine, and only torchrun starts them again
-        server = {**server, "max_restarts": 0}
-    options = {"order": "fair", **engine}
-    if model is not None:
-        if "model" in options:
-            raise ValueError(f"give the model once, got {model!r} and --model {options['model']!r}")
-        options["model"] = model
-    return run(replace(ServerConfig(**server), api_keys=all_keys(api_keys)), options)
+        config = replace(config, max_restarts=0)
+    return run(config, {"order": "fair", **engine})
 
 
 def all_keys(given: Sequence[str]) -> list[str]:

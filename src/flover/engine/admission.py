@@ -34,14 +34,13 @@ def max_computed(request: Request) -> int:
 def check_size(request: Request, config: SchedulerConfig, kv: KVConfig) -> None:
     """ValueError if a request could never run: too long for the context, or for the cache (what fits is said)."""
     prompt, tokens, context = request.num_prompt_tokens, max_computed(request), config.max_model_len
-    room = kv.block_size * (kv.num_blocks if kv.layout == "paged" else 1)
     if tokens > context:
         raise ContextLengthError(f"a prompt of {prompt} tokens is longer than the context of {context}")
-    if tokens > room:
-        fits = f"max_tokens={room - prompt + 1} would" if prompt <= room else "the prompt alone cannot"
+    if tokens > kv.room:
+        fits = f"max_tokens={kv.room - prompt + 1} would" if prompt <= kv.room else "the prompt alone cannot"
         raise ValueError(
             f"{prompt} prompt tokens and up to {request.max_output_tokens} output tokens can never fit "
-            f"the KV cache of {room} tokens; {fits}"
+            f"the KV cache of {kv.room} tokens; {fits}"
         )
 
 

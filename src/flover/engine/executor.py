@@ -42,8 +42,19 @@ class PlanCancelledError(RuntimeError):
     """An earlier plan failed, so this one was not run."""
 
 
-class _Launched(Future[StepResult]):
-    """The future of a step that a device works on already; its result is read when it is asked for."""
+class LazyFuture(Future[StepResult]):
+    """The future of a step whose `result` finds the result when it is asked for."""
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        try:
+            self.result()
+        except Exception as error:
+            return error
+        return None
+
+
+class _Launched(LazyFuture):
+    """Of a step that a device works on already."""
 
     def __init__(self, pending: Pending) -> None:
         super().__init__()
@@ -51,13 +62,6 @@ class _Launched(Future[StepResult]):
 
     def result(self, timeout: float | None = None) -> StepResult:
         return self._pending.result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        try:
-            self._pending.result()
-        except Exception as error:
-            return error
-        return None
 
 
 class _Phases:

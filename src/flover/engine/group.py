@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from flover.engine.batch import BatchPlan, RowMasks, StepResult, encode_masks, encode_plan
 from flover.engine.digest import RowDigest
+from flover.engine.executor import LazyFuture
 from flover.engine.links import TICK, GroupDeadError, Ranks
 from flover.engine.wire import Masks, Plan, WarmUp
 
@@ -22,8 +23,8 @@ class LocalExecutor(Protocol):
     def shutdown(self, wait: bool) -> None: ...
 
 
-class _Watched(Future[StepResult]):
-    """The future of a step that all ranks compute: it ends when this rank's does, or with the group.
+class _Watched(LazyFuture):
+    """Of a step that all ranks compute: it ends when this rank's does, or with the group.
 
     A result that came once a rank was lost means nothing: whoever waited for that rank waited no longer.
     """
@@ -46,13 +47,6 @@ class _Watched(Future[StepResult]):
                 self._ranks.wait_for_failure(1.0)
                 self._ranks.fail(f"rank 0 failed: {type(error).__name__}: {error}")
                 raise GroupDeadError(self._ranks.failure) from error
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        try:
-            self.result()
-        except Exception as error:
-            return error
-        return None
 
 
 class GroupExecutor:

@@ -26,10 +26,9 @@ class InputProcessor:
     """Checks and tokenises. Requests without a seed get one from a generator of its own, in order of preparation."""
 
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None, folder: Path) -> None:
-        self._scheduler, self._model = config.scheduler, config.model
+        self._scheduler, self._kv, self._model = config.scheduler, config.kv, config.model
         vocabulary = Vocabulary(folder, self._model.vocab_size, self._model.eos_token_ids)
         self._grammars = GrammarChecker(vocabulary)
-        self._capacity = config.kv.block_size * (config.kv.num_blocks if config.kv.layout == "paged" else 1)
         self._tokenizer = tokenizer
         self._seeds = random.Random(config.engine.seed)
 
@@ -62,7 +61,7 @@ class InputProcessor:
         bad_words = self._bad_words(params.bad_words)
         room = max(1, self._scheduler.max_model_len - len(ids))
         if params.max_tokens is None:  # to the limit, which may be the cache's
-            room = min(room, max(1, self._capacity - len(ids) + 1))
+            room = min(room, max(1, self._kv.room - len(ids) + 1))
         requests: list[Request] = []
         for choice in range(params.n):
             request = Request(

@@ -85,7 +85,7 @@ class Choice:
             self.num_read += 1
             if not self._is_cut(token):
                 check = self.num_read >= self.params.min_tokens
-                self.text += self.stops.push(detokenizer.push((token,)), check)
+                self.text += self.stops.push(detokenizer.push(token), check)
         return self.stops.found
 
     def close(self) -> None:

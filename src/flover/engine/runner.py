@@ -219,13 +219,8 @@ class ModelRunner:
             self.sampler.relocate(plan.relocations)
         self.frozen[plan.frozen] = 1
         for join in plan.joins:
-            self._state[:, join.row] = (
-                join.num_computed_tokens,
-                join.num_prefill_tokens,
-                join.num_prompt_tokens,
-                0,
-                0,
-            )
+            lengths = join.num_computed_tokens, join.num_prefill_tokens, join.num_prompt_tokens
+            self._state[:, join.row] = *lengths, 0, 0
         if plan.joins:
             histories = [join.history or ([], []) for join in plan.joins]
             self.sampler.join(

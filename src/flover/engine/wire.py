@@ -32,14 +32,14 @@ class Start(msgspec.Struct, array_like=True, tag="start"):
 
 
 class NewRequest(msgspec.Struct, array_like=True, tag="new"):
-    """The part of a `Request` that the engine needs."""
+    """The part of a `Request` that the engine needs, by its names; a sibling by its id."""
 
     request_id: str
     token_ids: list[int]
     sampling: RowSampling
     max_output_tokens: int
-    stop_token_ids: list[int]
-    eos_token_ids: list[int]
+    stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
     prompt_logprobs: int
     priority: int
     cache_salt: str
@@ -51,42 +51,14 @@ class NewRequest(msgspec.Struct, array_like=True, tag="new"):
 
     @classmethod
     def of(cls, request: Request) -> NewRequest:
-        return cls(
-            request.request_id,
-            request.token_ids,
-            request.sampling,
-            request.max_output_tokens,
-            sorted(request.stop_token_ids),
-            sorted(request.eos_token_ids),
-            request.prompt_logprobs,
-            request.priority,
-            request.cache_salt,
-            request.client,
-            request.arrival_time,
-            request.grammar,
-            request.pooling,
-            None if request.sibling is None else request.sibling.request_id,
-        )
+        values = {name: getattr(request, name) for name in cls.__struct_fields__}
+        sibling = None if request.sibling is None else request.sibling.request_id
+        return cls(**{**values, "sibling": sibling})
 
     def request(self, sibling: Request | None) -> Request:
         """sibling: the request of that id, if it still lives."""
-        return Request(
-            self.request_id,
-            self.token_ids,
-            self.sampling,
-            self.max_output_tokens,
-            frozenset(self.stop_token_ids),
-            frozenset(self.eos_token_ids),
-            self.prompt_logprobs,
-            self.priority,
-            self.cache_salt,
-            self.client,
-            self.arrival_time,
-            self.pooling,
-            self.grammar,
-            sibling,
-            logprobs=[] if self.sampling.logprobs >= 0 else None,
-        )
+        values = msgspec.structs.asdict(self) | {"sibling": sibling}
+        return Request(**values, logprobs=[] if self.sampling.logprobs >= 0 else None)
 
 
 class Finish(msgspec.Struct, array_like=True, tag="finish"):

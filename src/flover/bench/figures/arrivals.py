@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Figure, gap_figure
+from flover.bench.figures.context import OURS, Bench, Figure
 from flover.bench.figures.digests import Data, seconds_by_rows
 from flover.bench.figures.scale import Bytes
 from flover.bench.figures.servers import MissingError
@@ -21,17 +21,14 @@ def figure_8(bench: Bench) -> Figure:
     """Poisson arrivals of 32 requests, GPT-J: iterations, overlap and speed-up by mean gap (HiPC Fig. 8)."""
     model, scale = "gptj-6b", bench.scale
     count = bench.most
-    try:
-        bench.config(model, count, scale.limit)
-        reference = bench.reference(model, scale.num_output)
-        draws = poisson_draws(bench, model, float(reference["single"]))
-        jobs = {f"{d.kind} {d.gap_ms} ms, draw {d.number}": d.jobs for d in draws}
-        runs = bench.measure("poisson", model, OURS, jobs, reference["tokens"], label="fused")
-    except MissingError as error:
-        return gap_figure(str(error))
+    bench.config(model, count, scale.limit)
+    reference = bench.reference(model, scale.num_output)
+    draws = poisson_draws(bench, model, float(reference["single"]))
+    jobs = {f"{d.kind} {d.gap_ms} ms, draw {d.number}": d.jobs for d in draws}
+    runs = bench.measure("poisson", model, OURS, jobs, reference["tokens"], label="fused")
     step = seconds_by_rows(list(runs.values()))
     if step is None:
-        return gap_figure("no draw is measured")
+        raise MissingError("no draw is measured")
     size = bench.bytes_of(model)
     found = [drawn(draw, runs.get(cell), step, reference, size) for draw, cell in zip(draws, jobs)]
     rows = []
@@ -158,11 +155,8 @@ def figure_fixed(bench: Bench) -> Figure:
     """1 to 8 arrivals of 1, 2 or 4 sequences each at three intervals, GPT-J (v1 Fig. 7)."""
     model, scale = "gptj-6b", bench.scale
     most = max(scale.fixed_requests) * max(scale.fixed_batches)
-    try:
-        bench.config(model, most, scale.limit)
-        reference = bench.reference(model, scale.num_output)
-    except MissingError as error:
-        return gap_figure(str(error))
+    bench.config(model, most, scale.limit)
+    reference = bench.reference(model, scale.num_output)
     single: float = reference["single"]
     cells = []  # interval's label, seconds, requests, batch; the most requests first
     for n in sorted(scale.fixed_requests, reverse=True):
@@ -201,7 +195,7 @@ def figure_fixed(bench: Bench) -> Figure:
         best = min(row["serial_x"], row["concurrent_x"] or row["serial_x"])
         rows.append(row | {"x_over_best": best / row["fused_x"], "last_arrival_x": (n - 1) * gap / single})
     if not rows:
-        return gap_figure(str(gaps[0]["why"]) if gaps else "fused is not measured")
+        raise MissingError(gaps[0]["why"] if gaps else "fused is not measured")
     return _fixed_figure(rows, tokens, gaps, max(scale.fixed_requests))
 
 
@@ -216,7 +210,7 @@ def _fixed_figure(rows: list[Data], tokens: list[Data], gaps: list[Data], most: 
         if numbers and most == 8:
             paper[name] = numbers[1] / published.POISSON_SINGLE
     if not shown:
-        return gap_figure("not measured yet at the largest number of requests")
+        raise MissingError("not measured yet at the largest number of requests")
     over = [row["fused_x"] / (row["last_arrival_x"] + 1) for row in shown]
     ahead = sum(row["x_over_best"] >= 0.98 for row in shown)
     word = "Reproduced" if max(over) < 1.15 else "Partly" if max(over) < 1.5 or ahead == len(shown) else "No"

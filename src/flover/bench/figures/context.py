@@ -56,15 +56,11 @@ class Figure:
     plot: Data = field(default_factory=dict)
 
 
-def gap_figure(why: str) -> Figure:
-    """A figure that could not run."""
-    return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])
-
-
 class Bench:
-    """Args: folder: of the output, which gets `pieces/`. places: for the config.json of each model.
+    """One run of the figures.
 
     Args:
+        folder: of the output, which gets `pieces/`. places: for the config.json of each model.
         only: names of models to run; none: all of the scale. Of the others, what is stored is shown.
         draws: of each Poisson gap, if not the scale's. budget: seconds, after which no cell is begun.
         outside: systems that are not ours, beside the others in the figures 4 and progress (`systems`).
@@ -104,12 +100,9 @@ class Bench:
     @property
     def identity(self) -> Data:
         """What a stored figure must have been made with to be shown again."""
-        settings = {"scale": self.scale.name, "sizes": mark(repr(self.scale), ()), "seed": self.seed}
-        return (
-            settings
-            | {"device": self.machine, "models": list(self.only), "draws": self.draws}
-            | ({"outside": list(self.outside)} if self.outside else {})
-        )
+        settings: Data = {"scale": self.scale.name, "sizes": mark(repr(self.scale), ()), "seed": self.seed}
+        settings |= {"device": self.machine, "models": list(self.only), "draws": self.draws}
+        return settings | ({"outside": list(self.outside)} if self.outside else {})
 
     # ---- models ------------------------------------------------------------------------------------------------------
 

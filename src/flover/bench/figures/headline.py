@@ -166,7 +166,7 @@ def paper_at(values: Any, requests: int, counts: tuple[int, ...] = published.REQ
 def figure_4a(bench: Bench) -> Figure:
     """Seconds from the first arrival to the last token."""
     rows, tokens, gaps = runs(bench)
-    most = max(bench.scale.requests)
+    most = bench.most
     last = [r for r in main_rows(rows, most) if r["fused_s"]]
     paper: Data = {}
     ours: Data = {}
@@ -227,17 +227,13 @@ def _grade(good: list[bool], half: list[bool]) -> str:
 def figure_4b(bench: Bench) -> Figure:
     """Output tokens per second."""
     rows, tokens, gaps = runs(bench)
-    shown = main_rows(rows)
-    most = max(bench.scale.requests)
+    most, few = bench.most, min(bench.scale.requests)
     paper: Data = {}
     ours: Data = {}
     grows = []
-    for row in shown:
-        if row["requests"] == most and row["fused_s"]:
-            few = min(bench.scale.requests)
-            first = next(r for r in shown if r["model"] == row["model"] and r["requests"] == few)
-            if not first["fused_s"]:
-                continue
+    for row in main_rows(rows, most):
+        first = next(r for r in main_rows(rows, few) if r["model"] == row["model"])
+        if row["fused_s"] and first["fused_s"]:
             name = f"{row['model']}, tokens/s at {most} requests over tokens/s at 1"
             numbers = published.FIG_4A[row["model"]]
             at = paper_at(numbers.seconds, most)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Figure, gap_figure
+from flover.bench.figures.context import OURS, Bench, Figure
 from flover.bench.figures.digests import Data
 from flover.bench.figures.servers import MissingError
 from flover.bench.records import Job, Run
@@ -62,12 +62,9 @@ def measure_modes(
         system = MODES[mode] + (f":tp{ranks}" if ranks > 1 else "")
         found[mode] = bench.measure(group, model, system, jobs, reference["tokens"])
     if instances:
-        few = {k: j for k, j in jobs.items() if len(j) == most and k.endswith("| 0")}
-        few = {
-            k: j
-            for k, j in few.items()
-            if int(k.split(" | ")[1]) <= max(published.RANDOM["v1_fig_9a_32_requests"]["upper"])
-        }
+        top = max(published.RANDOM["v1_fig_9a_32_requests"]["upper"])
+        keys = [f"{n} | {upper} | 0" for n, upper in cells if n == most and upper <= top]
+        few = {key: jobs[key] for key in keys}
         try:
             found["concurrent"] = bench.measure(group, model, f"concurrent:{most}", few, reference["tokens"])
         except MissingError as error:
@@ -112,12 +109,9 @@ def figure_random(bench: Bench) -> Figure:
     """Reorder off, move and indirect on the same requests of random length (v1 Fig. 9a and 9b)."""
     scale, model = bench.scale, "gptj-6b"
     cells = [(count, upper) for count, uppers in scale.upper.items() for upper in uppers]
-    try:
-        rows, tokens, gaps = measure_modes(bench, "random", model, cells, ("off", "move", "indirect"), instances=True)
-    except MissingError as error:
-        return gap_figure(str(error))
+    rows, tokens, gaps = measure_modes(bench, "random", model, cells, ("off", "move", "indirect"), instances=True)
     if not any(row["mode"] == "move" for row in rows):
-        return gap_figure("off and move are not measured on the same requests")
+        raise MissingError("off and move are not measured on the same requests")
     paper: Data = {}
     a, b = published.RANDOM["v1_fig_9a_32_requests"], published.RANDOM["v1_fig_9b_16_requests"]
     for upper, off, shuffle in zip(a["upper"], a["off_s"], a["shuffle_s"]):
@@ -187,7 +181,7 @@ def figure_tp(bench: Bench) -> Figure:
         gaps += missing
     moved = [row for row in rows if row["mode"] == "move"]
     if not moved:
-        return gap_figure(gaps[0]["why"] if gaps else "off and move are not measured on the same requests")
+        raise MissingError(gaps[0]["why"] if gaps else "off and move are not measured on the same requests")
     ours: Data = {f"{_plural('rank', r['ranks'])}, {r['requests']} requests: gain": r["gain"] for r in moved}
     notes = ["The paper does not name the model; LLaMA 13B is used. Its two-rank runs had outputs up to 1000 tokens."]
     if bench.device == "cpu":
@@ -234,19 +228,16 @@ def figure_memory(bench: Bench) -> Figure:
     count, rows_at_most, upper = 32, 16, scale.limit
     token_bytes = ModelConfig.from_dict(scale.shapes[model]).kv_elements_per_token * DTYPE_BYTES[scale.dtype]
     slot = (upper + scale.num_prompt) * token_bytes
-    try:
-        bench.config(model, rows_at_most, upper + scale.num_prompt)
-        reference = bench.reference(model, scale.num_output)
-        gap = published.INTERVAL / published.FIG_4A[model].single * reference["single"]
-        jobs = draw_jobs(bench, model, count, upper, gap)
-        cells = {
-            mode: bench.measure("memory", model, name, {"": jobs}, reference["tokens"], kv_curve, rows=rows_at_most)
-            for mode, name in MODES.items()
-        }
-    except MissingError as error:
-        return gap_figure(str(error))
+    bench.config(model, rows_at_most, upper + scale.num_prompt)
+    reference = bench.reference(model, scale.num_output)
+    gap = published.INTERVAL / published.FIG_4A[model].single * reference["single"]
+    jobs = draw_jobs(bench, model, count, upper, gap)
+    cells = {
+        mode: bench.measure("memory", model, name, {"": jobs}, reference["tokens"], kv_curve, rows=rows_at_most)
+        for mode, name in MODES.items()
+    }
     if not all(cells.values()):
-        return gap_figure(f"not measured: {', '.join(mode for mode, cell in cells.items() if not cell)}")
+        raise MissingError(f"not measured: {', '.join(mode for mode, cell in cells.items() if not cell)}")
     runs = {mode: cell[""] for mode, cell in cells.items()}
     keep = float(count * slot)
     table = [_memory_row(name, run, slot * rows_at_most) for name, run in runs.items()]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from flover.bench.figures import published
 from flover.bench.figures.digests import Data
-from flover.bench.figures.headline import main_rows, over, paper_at
+from flover.bench.figures.headline import main_rows, over
 from flover.bench.figures.style import (
     BLUE,
     COLORS,
@@ -28,11 +28,18 @@ from flover.bench.figures.style import (
 SYSTEMS = {"fused": "fused", "concurrent": "concurrent", "serial": "serial", "dynamic:50ms": "dynamic"}
 
 
-def _by_model(rows: Sequence[Data]) -> dict[str, list[Data]]:
-    found: dict[str, list[Data]] = {}
-    for row in main_rows(list(rows)):
-        found.setdefault(row["model"], []).append(row)
-    return found
+def _by_model(data: Data, title: str, unit: str, draw: Callable[[Any, Sequence[Data]], None]) -> Figure:
+    """A panel for each model, of its rows at the scaled interval."""
+    models: dict[str, list[Data]] = {}
+    for row in main_rows(data["rows"]):
+        models.setdefault(row["model"], []).append(row)
+    figure, axes = panels(len(models), title)
+    for one, (model, rows) in zip(axes, models.items()):
+        draw(one, rows)
+        one.set_title(f"{shown_as(data, model)}, interval {rows[-1]['interval']}", loc="left")
+    axes[0].set_ylabel(unit)
+    legend(figure, axes)
+    return figure
 
 
 def _lines(axes: Any, rows: Sequence[Data], suffix: str) -> None:
@@ -45,62 +52,50 @@ def _lines(axes: Any, rows: Sequence[Data], suffix: str) -> None:
 
 
 def draw_4a(data: Data) -> Figure:
-    models = _by_model(data["rows"])
-    figure, axes = panels(len(models), "Fused ends soon after the last arrival, however many requests came")
-    for one, (model, rows) in zip(axes, models.items()):
-        _lines(one, rows, "_s")
-        last = rows[-1]
-        if last.get("x_over_best"):
-            one.annotate(
-                f"{last['x_over_best']:.1f}x over {over(last)};\n"
-                f"arrivals allow {last['bound_arrivals']:.1f}x over serial",
-                (0.03, 0.97),
-                xycoords="axes fraction",
-                va="top",
-                fontsize=10,
-            )
-        one.set_ylim(
-            0, max(max(row[k] or 0 for k in row if k.endswith("_s") and "per" not in k) for row in rows) * 1.25
+    title = "Fused ends soon after the last arrival, however many requests came"
+    return _by_model(data, title, "seconds, first arrival to last token", _panel_4a)
+
+
+def _panel_4a(axes: Any, rows: Sequence[Data]) -> None:
+    _lines(axes, rows, "_s")
+    last = rows[-1]
+    if last.get("x_over_best"):
+        axes.annotate(
+            f"{last['x_over_best']:.1f}x over {over(last)};\narrivals allow {last['bound_arrivals']:.1f}x over serial",
+            (0.03, 0.97),
+            xycoords="axes fraction",
+            va="top",
+            fontsize=10,
         )
-        one.set_title(f"{shown_as(data, model)}, interval {last['interval']}", loc="left")
-    axes[0].set_ylabel("seconds, first arrival to last token")
-    legend(figure, axes)
-    return figure
+    axes.set_ylim(0, max(max(row[k] or 0 for k in row if k.endswith("_s") and "per" not in k) for row in rows) * 1.25)
 
 
 def draw_4b(data: Data) -> Figure:
-    models = _by_model(data["rows"])
-    figure, axes = panels(
-        len(models), "Throughput of fused grows with the requests; that of serial and concurrent does not"
-    )
-    for one, (model, rows) in zip(axes, models.items()):
-        _lines(one, rows, "_tokens_per_s")
-        one.set_ylim(bottom=0)
-        one.set_title(f"{shown_as(data, model)}, interval {rows[-1]['interval']}", loc="left")
-    axes[0].set_ylabel("output tokens per second")
-    legend(figure, axes)
-    return figure
+    title = "Throughput of fused grows with the requests; that of serial and concurrent does not"
+    return _by_model(data, title, "output tokens per second", _panel_4b)
+
+
+def _panel_4b(axes: Any, rows: Sequence[Data]) -> None:
+    _lines(axes, rows, "_tokens_per_s")
+    axes.set_ylim(bottom=0)
 
 
 def draw_4c(data: Data) -> Figure:
-    models = _by_model(data["rows"])
-    figure, axes = panels(len(models), "Latency among many over latency alone: fused stays closest to 1")
-    for one, (model, rows) in zip(axes, models.items()):
-        _lines(one, rows, "_latency_x")
-        theirs = [(n, paper_at(published.FIG_4C[model], n, (8, 16, 32))) for n in (8, 16, 32)]
-        one.plot(*zip(*theirs), linestyle="none", label="paper, Flover", zorder=4, **PAPER)
-        shown = sorted({row["requests"] for row in rows} | {8, 16, 32})
-        counts(one, shown, "requests")
-        one.set_yscale("log", base=2)
-        top = max(max(v for k, v in row.items() if k.endswith("_latency_x") and v) for row in rows)
-        ticks = [t for t in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32) if t <= top * 1.2]
-        one.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        one.minorticks_off()
-        one.axhline(1, color="#999999", linewidth=0.8)
-        one.set_title(f"{shown_as(data, model)}, interval {rows[-1]['interval']}", loc="left")
-    axes[0].set_ylabel("mean latency over a single request's")
-    legend(figure, axes)
-    return figure
+    title = "Latency among many over latency alone: fused stays closest to 1"
+    return _by_model(data, title, "mean latency over a single request's", _panel_4c)
+
+
+def _panel_4c(axes: Any, rows: Sequence[Data]) -> None:
+    _lines(axes, rows, "_latency_x")
+    theirs = list(zip((8, 16, 32), published.FIG_4C[rows[0]["model"]]))
+    axes.plot(*zip(*theirs), linestyle="none", label="paper, Flover", zorder=4, **PAPER)
+    counts(axes, sorted({row["requests"] for row in rows} | {8, 16, 32}), "requests")
+    axes.set_yscale("log", base=2)
+    top = max(max(v for k, v in row.items() if k.endswith("_latency_x") and v) for row in rows)
+    ticks = [t for t in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32) if t <= top * 1.2]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.axhline(1, color="#999999", linewidth=0.8)
 
 
 def draw_progress(data: Data) -> Figure:

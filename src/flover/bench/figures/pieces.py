@@ -11,15 +11,15 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from flover.bench.figures.digests import Data
 from flover.bench.figures.scale import Bytes
 from flover.bench.figures.theory import queue_ends, simulate
 from flover.bench.records import Job
 from flover.bench.results import write_json
 from flover.bench.systems import parse_delay
 
-Data = dict[str, Any]
 GUESS = {"cuda": (3e12, 0.0, 15.0), "cpu": (5e9, 2e-3, 0.5)}  # bytes/s, seconds of an empty step, of loading a model
 CAPTURE_SECONDS = 0.7  # of an instance
 

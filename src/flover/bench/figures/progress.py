@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Bench, Figure, gap_figure
+from flover.bench.figures.context import Bench, Figure
 from flover.bench.figures.digests import Data, curves_of
 from flover.bench.figures.headline import cells, measure_cells
 from flover.bench.figures.servers import MissingError
@@ -20,13 +20,10 @@ def figure_progress(bench: Bench) -> Figure:
     """Tokens and finished requests over time, fused against request-level batching (HiPC, progress.png; 13B)."""
     model, scale = "llama-13b", bench.scale
     if not bench.has(model):
-        return gap_figure(f"{model} was not asked for")
+        raise MissingError(f"{model} was not asked for")
     count = bench.most
-    try:
-        bench.config(model, count, scale.limit)
-        reference = bench.reference(model, scale.num_output)
-    except MissingError as error:
-        return gap_figure(str(error))
+    bench.config(model, count, scale.limit)
+    reference = bench.reference(model, scale.num_output)
     theirs = published.FIG_4A[model].single
     single: float = reference["single"]
     stretch = single / theirs

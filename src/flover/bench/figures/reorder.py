@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Bench, Figure, gap_figure
+from flover.bench.figures.context import Bench, Figure
 from flover.bench.figures.digests import Data
 from flover.bench.figures.pieces import Todo
 from flover.bench.figures.scale import SHAPES
+from flover.bench.figures.servers import MissingError
 from flover.bench.plans import INDEX_SELECT, PLANS, Plan, Visit, index_select_tokens, replay
 from flover.bound import median_seconds
 from flover.kernels.dispatch import backend_for, load_backend
@@ -36,7 +37,7 @@ def figure_reorder(bench: Bench) -> Figure:
         bench.todo.append(Todo("reorder", "all", seconds))
     if bench.planning or not bench.budget.holds(seconds):
         bench.unmeasured.append({"what": "reorder", "why": "the budget has no time for it"})
-        return gap_figure("the budget has no time for it")
+        raise MissingError("the budget has no time for it")
     rng = np.random.default_rng(bench.seed)
     traces = [
         row
