@@ -56,18 +56,22 @@ def test_gate_and_up_in_one_launch(dtype):
 def test_every_tiling_divides_its_shape():
     """A product is cut in whole tiles, or left to cuBLAS."""
     for rows in (1, 8, 9, 16, 17, 32, 33, 64, 128):
-        for n in (1600, 4096, 4800, 5120, 6144, 11008, 12288, 16384, 28672):
-            for k in (1600, 4096, 5120, 11008, 14336, 16384):
+        for n in (1600, 4096, 4800, 5120, 6144, 6656, 8192, 10240, 11008, 12288, 16384, 28672):
+            for k in (1600, 4096, 5120, 6656, 11008, 13824, 14336, 16384):
                 t = tiling(rows, n, k, 132)
                 assert t is None or (n % t.block_n == 0 and k % (t.block_k * t.split_k) == 0)
     assert tiling(1, 4096, 4096, 132) == Tiling(64, 128, 2, 6, 4)
+    assert tiling(8, 5120, 13824, 132) == Tiling(128, 128, 3, 4, 4)
+    assert tiling(8, 5120, 5120, 132) is None  # no three equal parts of whole tiles
+    assert tiling(8, 8192, 28672, 132) == tiling(8, 28672, 4096, 132) == Tiling(64, 128, 1, 6, 4)  # one round, or many
+    assert tiling(32, 12288, 4096, 132) == Tiling(64, 64, 1, 6, 4)  # more than one, side by side
     assert tiling(129, 4096, 4096, 132) is None
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda" or len(DTYPES) < 3, reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64, 128])
 def test_true_shapes(rows):
-    for n, k in ((4096, 4096), (4096, 14336), (6144, 4096)):
+    for n, k in ((4096, 4096), (4096, 14336), (6144, 4096), (5120, 13824), (6656, 6656), (10240, 8192)):
         x, weight = (torch.randn(*s, device=DEVICE, dtype=torch.bfloat16) for s in ((rows, k), (n, k)))
         want = reference(x, weight, None)
         assert (linear(x, weight, None).double() - want).norm() / want.norm() < 4e-3

@@ -89,26 +89,29 @@ def num_splits(units: int) -> int:
     return min(max(PROGRAMS // units, 1), MAX_SPLITS)
 
 
-def decode_options(block_d: int, wide: bool, fp8: bool, programs: int) -> dict[str, int]:
+def decode_options(block_d: int, wide: bool, fp8: bool, programs: int, contiguous: bool) -> dict[str, int]:
     """Keys that a decode program reads at a time, and how. Many programs: small ones, more of which fit side by side.
 
-    block_d: head size, padded. wide: fp32 queries. fp8: the cache is.
-    programs: of the launch.
+    block_d: head size, padded. wide: fp32 queries. fp8: the cache is. programs: of the launch.
+    contiguous: a slab, where all stages hold keys; with blocks one of them looks up the table. So either way two tiles
+    of keys lie in shared memory, and as many programs fit.
     """
+    stages = 2 if wide or contiguous else 3
     if fp8 and not wide and block_d <= 128:
-        return {"BLOCK_N": 64, "num_warps": 2 if programs >= PROGRAMS else 4, "num_stages": 3}
+        return {"BLOCK_N": 64, "num_warps": 2 if programs >= PROGRAMS else 4, "num_stages": stages}
     if not wide and block_d <= 128 and programs >= PROGRAMS:
-        return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
-    return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": 2 if wide else 3}
+        return {"BLOCK_N": 32, "num_warps": 1, "num_stages": stages}
+    return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": stages}
 
 
-def prefill_options(block_d: int, wide: bool, batch_invariant: bool) -> dict[str, int]:
+def prefill_options(block_d: int, wide: bool, batch_invariant: bool, contiguous: bool) -> dict[str, int]:
     """The same of a prefill program, and the rows of its tile."""
     large = not wide and block_d <= 128
     rows = INVARIANT_TILE if batch_invariant else PREFILL_ROWS
     common = {"BLOCK_M": rows, "BLOCK_N": 64 if large else 32, "num_warps": 4 if batch_invariant else 8}
     if large and not batch_invariant:
-        return {**common, "num_stages": 3, "maxnreg": 128}  # two programs to a multiprocessor: one computes, one loads
+        # two programs to a multiprocessor: one computes, one loads
+        return {**common, "num_stages": 2 if contiguous else 3, "maxnreg": 128}
     return {**common, "num_stages": 1 if wide and block_d > 64 else 2}
 
 
@@ -188,7 +191,7 @@ def attention(
             GROUP=max(16, triton.next_power_of_2(num_heads // kv_heads)),
             SPLITS=splits,
             SPLIT_UNIT=MIN_SPLIT,
-            **decode_options(block_d, wide, fp8, n * kv_heads * splits),
+            **decode_options(block_d, wide, fp8, n * kv_heads * splits, meta.contiguous),
             **common,
         )
     if meta.tile_entry is not None and meta.tile_start is not None:
@@ -207,7 +210,7 @@ def attention(
             *scalars,
             stride_table,
             PACK=pack,
-            **prefill_options(block_d, wide, batch_invariant),
+            **prefill_options(block_d, wide, batch_invariant, meta.contiguous),
             **common,
         )
     return out

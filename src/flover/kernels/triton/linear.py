@@ -25,22 +25,31 @@ MAX_FEATURES = 65536  # cuBLAS streams an output head as fast as there is memory
 def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tiling | None:
     """How to cut a product of few rows so that its programs just fill the GPU; None: leave it to cuBLAS.
 
-    Measured on an H200 (docs/performance.md). Wide weights keep every multiprocessor busy as they are; narrow ones do
-    once the inner dimension is split. For those in between cuBLAS is as fast, but what comes after it cannot begin
-    early: with 2 to 32 rows a step gains by a kernel of ours. An output head is cuBLAS's.
+    Measured on an H200 (docs/performance.md). What counts is how many tiles of 64 features there are for each
+    multiprocessor: about one, or many, fill it as they are; half of one are split along the inner dimension; a little
+    more than one stay small enough to lie side by side, so that there is no second round. An output head is cuBLAS's.
     """
     if rows > MAX_ROWS or out_features > MAX_FEATURES or in_features < 1024:
         return None
-    tiles = out_features // 64
-    stages = 6 if rows <= 32 else 5
-    if 3 * tiles >= 4 * num_sms:
-        chosen = Tiling(64, 128, 1, stages, 4) if rows <= 16 else Tiling(128, 64, 1, stages, 4)
-    elif 2 * tiles <= num_sms:
-        chosen = Tiling(64, 128, 2 if 3 * tiles >= num_sms else 4, stages, 8 if 16 < rows <= 32 else 4)
-    elif 3 * tiles >= 2 * num_sms and 1 < rows <= 32:
-        chosen = Tiling(64, 64, 2, stages, 4) if rows <= 16 else Tiling(32, 256, 1, 4, 4)
-    else:
+    tiles, few = out_features // 64, rows <= 32
+    fill = tiles / num_sms
+    stages = 6 if few else 5
+    if fill <= 0.5:
+        chosen = Tiling(64, 128, 2 if fill >= 1 / 3 else 4, stages, 8 if 16 < rows <= 32 else 4)
+    elif rows == 1:  # has a kernel of its own
+        chosen = Tiling(64, 128, 1, stages, 4)
+    elif fill >= 4 / 3 and not few:
+        chosen = Tiling(128, 64, 1, stages, 4)
+    elif not few:
         return None
+    elif fill <= 0.7:
+        chosen = Tiling(128, 128, 3, 4, 4)
+    elif fill <= 0.75:  # 6144 x 4096: no faster than cuBLAS, but what comes after it can begin early
+        chosen = Tiling(64, 64, 2, stages, 4) if rows <= 16 else Tiling(32, 256, 1, 4, 4)
+    elif 1 < fill < 1.5:
+        chosen = Tiling(64, 64, 2, 4, 4) if fill < 4 / 3 and rows <= 16 else Tiling(64, 64, 1, stages, 4)
+    else:
+        chosen = Tiling(64, 128, 1, stages, 4)
     if out_features % chosen.block_n or in_features % (chosen.block_k * chosen.split_k):
         return None
     return chosen if tiles * chosen.split_k >= 0.7 * num_sms else None
@@ -77,8 +86,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
     if chosen is None or chosen.split_k > 1 or chosen.block_n < 64 or weight.shape[0] % 128:
         out: Tensor = gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
         return out
-    if chosen.block_k == 128:  # up to 16 rows: a whole tile of each fits, with fewer stages
-        chosen = chosen._replace(num_stages=4)
+    if x.shape[0] <= 32:  # a whole tile of each fits; of 17 to 32 rows with fewer stages
+        chosen = Tiling(64, 128, 1, 6 if x.shape[0] <= 16 else 4, 4)
     else:
         chosen = chosen._replace(block_n=chosen.block_n // 2)
     return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), chosen, name)
