@@ -79,13 +79,14 @@ def test_throughput(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypat
 
 
 def test_compare(capfd: pytest.CaptureFixture[str]) -> None:
-    args = ["--policy", "serial,fused", "--random-range-ratio", "0.5", "--request-rate", "200"]
+    args = ["--policy", "serial,fused,dynamic", "--random-range-ratio", "0.5", "--request-rate", "200"]
     assert main(["bench", "compare", *LOAD, *SMALL, *args]) == 0
     out = capfd.readouterr().out
     assert "random, 4-12 prompt and 3-9 output tokens, 5 requests, 200 a second (Poisson), seed 0" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
     assert rows["serial"][-1] == "1.00"
     assert rows["fused"][-1] == "100.0%", "float64: the same tokens"
+    assert "TPOT 0: no gap between tokens, as in a batch that leaves together" in out
 
 
 def test_latency(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +116,24 @@ def test_every_system_gets_the_same_jobs(log: list[Any], tmp_path: Path, capfd: 
     kept = json.loads(path.read_text())
     assert kept["systems"]["fused"]["same_tokens_as_serial"] == 0.8
     assert kept["missing"] == {"transformers": "transformers is not installed"}
+
+
+def test_what_others_did_is_kept_when_one_does_not_fit(
+    log: list[Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(name: str, config: Any) -> Fake:
+        if name.startswith("concurrent"):
+            raise ValueError("9999 instances need 39.1 GiB")
+        return Fake(name, log)
+
+    monkeypatch.setattr(bench_run, "make_system", make)
+    assert main(["bench", "compare", *LOAD, *SMALL, "--policy", "serial,concurrent:9999,fused"]) == 0
+    out = capfd.readouterr().out
+    assert "concurrent:9999: not measured: 9999 instances need 39.1 GiB" in out
+    assert re.search(r"^fused .* 80\.0%$", out, re.M)
+    assert "TPOT 0" not in out
+    assert main(["bench", "compare", *LOAD, *SMALL, "--policy", "concurrent:9999"]) == 2
+    assert capfd.readouterr().err == "flover: error: 9999 instances need 39.1 GiB\n"
 
 
 def test_interrupted(log: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +208,7 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["throughput", "--policy", "fusd"], "unknown system 'fusd'; known: serial"),
+        (["throughput", "--policy", "fusd"], "unknown system 'fusd'; did you mean 'fused'?; known: serial"),
         (["compare", "--policy", "serial,nope"], "unknown system 'nope'"),
         (["compare", "--policy", ","], "--policy names nothing to compare"),
         (["throughput", "--dataset-name", "sharegtp"], "did you mean 'sharegpt'?"),

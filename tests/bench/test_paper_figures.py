@@ -245,9 +245,12 @@ def test_without_matplotlib_there_is_json(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--figure", "memry"], "unknown figure 'memry'; did you mean 'memory'?; known"),
+        (["--device", "tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
         (["--figure", "5x"], "unknown figure '5x'; known: 4a, 4b, 4c, progress, 8, fixed, random, reorder, memory, tp"),
         (["--scale", "huge"], "scale must be one of"),
-        (["--outside", "vllm"], "unknown system 'vllm'"),
+        (["--outside", "vllm"], "--outside 'vllm' is not an outside system: transformers"),
+        (["--outside", "transformers:fast"], "unknown system 'transformers:fast'"),
         (["--outside", "fused"], "--outside 'fused' is not an outside system"),
         (["--model", "gpt5"], "unknown model 'gpt5'; known: gptj-6b"),
     ],

@@ -22,6 +22,7 @@ from flover.bench.figures.digests import Data, total
 from flover.bench.figures.scale import SCALES
 from flover.bench.results import provenance, write_json
 from flover.bench.systems import OUTSIDE, check_name
+from flover.show import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +59,16 @@ def check(figures: Sequence[str], scale: str, models: Sequence[str], outside: Se
     check_names("figure", figures, FIGURES)
     check_names("model", models, SCALES[scale].shapes)
     for name in outside:
-        check_name(name)
         if not name.startswith(OUTSIDE):
             raise ValueError(f"--outside {name!r} is not an outside system: {', '.join(OUTSIDE)}:URL")
+        check_name(name)
 
 
 def check_names(kind: str, names: Sequence[str], known: Collection[str]) -> None:
     """ValueError for one that is not known."""
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown {kind} {name!r}{nearest(name, set(known))}; known: {', '.join(known)}")
 
 
 def run_figures(
@@ -98,12 +99,12 @@ def run_figures(
         ValueError: an unknown figure, scale, model or outside system, or no such device.
     """
     check(figures, scale, models, outside)
-    output.mkdir(parents=True, exist_ok=True)
     done = 0
     with tempfile.TemporaryDirectory() as place:
         options: dict[str, Any] = {"device": device, "only": models, "overwrite": overwrite, "draws": draws}
         options |= {"budget": budget, "outside": outside}
         bench = Bench(SCALES[scale], seed, output, Path(place), say=lambda s: say(f"  {s}"), **options)
+        output.mkdir(parents=True, exist_ok=True)
         stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
         _estimate([name for name, data in stored.items() if data is None], bench, say)
         try:

@@ -23,6 +23,7 @@ from typing import Any
 
 from flover.bench.records import Run, System
 from flover.config import EngineConfig
+from flover.show import nearest
 
 NAMES = (
     "serial",
@@ -127,7 +128,7 @@ def same_tokens(run: Run, reference: Run) -> tuple[float, int | None]:
 
 
 def _unknown(name: str) -> ValueError:
-    return ValueError(f"unknown system {name!r}; known: {', '.join(NAMES)}")
+    return ValueError(f"unknown system {name!r}{nearest(name, set(NAMES))}; known: {', '.join(NAMES)}")
 
 
 def _only(name: str, options: dict[str, Any], *known: str) -> None:

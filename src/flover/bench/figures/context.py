@@ -86,7 +86,7 @@ class Bench:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.scale, self.seed, self.say = scale, seed, say
-        self.device = detect_hardware(device).device
+        self.device = detect_hardware(EngineConfig(device=device).device).device  # which refuses unknown ones
         self.machine = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         self.only, self.draws, self.outside = tuple(only), draws or scale.draws, tuple(outside)
         self.budget, self.planning = Budget(budget), False
