@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flover.bench import paper
+from flover.bench import paper, results
 from flover.bench.figures import context, servers
 from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import agree, seconds_by_rows, total
@@ -19,6 +21,7 @@ from flover.bench.figures.pieces import Pieces
 from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
 from flover.bench.records import Job
+from flover.bench.report import report
 from flover.cli import main
 from flover.config import DTYPE_BYTES
 from flover.model_config import ModelConfig
@@ -75,6 +78,12 @@ def test_every_figure_says_what_it_must(folder: Path, name: str) -> None:
     assert len({tuple(row) for row in data["rows"] if row.get("system") != "serial"}) <= 2  # one table
     assert data["environment"]["torch"]
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_a_timeline(folder: Path, tmp_path: Path) -> None:
+    report(folder, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert re.search(r"memory-timeline: rows over steps</h2>\s*<p>The running batch: 32 requests", page)
 
 
 @pytest.mark.parametrize("name", [name for name in paper.FIGURES if name != "reorder"])
@@ -164,7 +173,14 @@ def test_a_budget_leaves_cells_for_the_next_run(
     assert {row["best_of"] for row in data["rows"]} == {"serial"}
     assert "the budget has no time for it" in json.dumps(data["gaps"])
     assert stored(tmp_path, "8")["gap"] == "no draw is measured"
+    for path in (tmp_path / "pieces").glob("*.json"):
+        path.write_text(re.sub('"commit": [^,]*', '"commit": "0ld"', path.read_text()))
+    monkeypatch.setattr(sys, "argv", ["flover", "bench", "paper", "--budget", "9", "--output", "x"])
+    monkeypatch.setattr(results, "_commit", lambda: "new")
     paper.run_figures(["4a", "8"], tmp_path, "micro", **options)
+    data = stored(tmp_path, "4a")
+    assert data["environment"]["commit"] == "0ld, new", "of all cells"
+    assert data["command"] == "flover bench paper --output x", "which makes all of it"
     assert len(set(asked)) == len(asked) > 10
     assert all(row["fused_s"] and row["concurrent_s"] for row in stored(tmp_path, "4a")["rows"])
     assert stored(tmp_path, "8")["complete"]

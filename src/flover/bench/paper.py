@@ -9,6 +9,7 @@ with the same settings is not made again. A figure that cannot run is written wi
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -176,11 +177,14 @@ def _stored(output: Path, name: str, bench: Bench) -> Data | None:
 
 def _make(name: str, bench: Bench) -> Data:
     bench.unmeasured.clear()
+    bench.pieces.commits.clear()
     try:
         figure = FIGURES[name].make(bench)
     except MemoryError as error:
         figure = gap_figure(f"out of memory: {error}")
     environment = provenance(bench.device)
+    environment["commit"] = ", ".join(sorted(filter(None, bench.pieces.commits))) or environment["commit"]
+    command = re.sub(r" --budget[ =]\S+", "", environment.pop("command"))  # which only says how much of it was measured
     stand_in = (
         f"Scale {bench.scale.name}: random models of two layers stand in for the paper's, and the fastest of"
         f" {bench.scale.runs} runs counts; compare shapes and ratios."
@@ -193,7 +197,7 @@ def _make(name: str, bench: Bench) -> Data:
         "paper": figure.paper,
         "ours": figure.ours,
         "environment": environment,
-        "command": environment.pop("command"),
+        "command": command,
         "seed": bench.seed,
         "scale": bench.scale.name,
         "settings": bench.identity,

@@ -95,7 +95,7 @@ class Bench:
         made_by = provenance(self.device)
         made_by["machine"] = self.machine
         self.pieces = Pieces(folder / "pieces", {k: made_by[k] for k in ("date", "commit", "machine")}, overwrite)
-        self._places = places
+        self.folder, self._places = folder, places
         self._sizes: dict[str, Bytes] = {}
         self._singles: dict[str, float] = {}
         self._checked: dict[tuple[str, int, int], str | None] = {}
@@ -221,12 +221,14 @@ class Bench:
         extra: Extra | None = None,
         label: str = "",
         rows: int | None = None,
+        record: bool = False,
     ) -> Data:
         """The digest of each workload on a system, which is loaded once; what there was no time for is not in it.
 
         Args:
             workloads: the most important first. extra: what is kept beside `digests.digest`.
             label: of the piece, instead of the system's name. rows: of the engine; by default the most requests.
+            record: steps name their rows.
 
         Raises:
             MissingError: it cannot run here.
@@ -240,7 +242,8 @@ class Bench:
         todo = [cell for cell, data in found.items() if data is None]
         if todo and (not self.only or model in self.only):
             limit = max(len(job.prompt) + job.num_output for jobs in workloads.values() for job in jobs)
-            config, most = self.config(model, rows, limit), max(workloads.values(), key=len)
+            config = replace(self.config(model, rows, limit), record_timeline=record)
+            most = max(workloads.values(), key=len)
             seconds = {cell: self.scale.runs * self._pace(model).seconds(system, workloads[cell]) for cell in todo}
             if self.planning:
                 self.todo.append(Todo(piece, "loading", self._pace(model).loading(system)))

@@ -14,6 +14,7 @@ from flover.bench.figures.servers import MissingError
 from flover.bench.records import Job, Run
 from flover.bench.workload import Interval, Uniform
 from flover.config import DTYPE_BYTES
+from flover.metrics import Timeline
 from flover.model_config import ModelConfig
 
 MODES = {"off": "fused:off", "move": OURS, "indirect": "fused:indirect", "paged": "fused:paged"}
@@ -134,7 +135,7 @@ def figure_random(bench: Bench) -> Figure:
         " the time of all steps. The host's part mostly passes beside the device's work, so it is an upper bound of"
         " what is lost. All modes close up rows; off plans too, to find its edges.",
         f"Intervals of 20 ms{'' if scale.absolute else ', as a share of the single request'}; outputs"
-        f" uniform({scale.lower}, upper), mean of {scale.repeats} draws.",
+        f" uniform({scale.lower}, upper), mean of {_plural('draw', scale.repeats)}.",
     ]
     return Figure(paper, ours, _random_verdict(rows), rows, tokens, notes, gaps)
 
@@ -234,13 +235,23 @@ def figure_memory(bench: Bench) -> Figure:
     count, rows_at_most, upper = 32, 16, scale.limit
     token_bytes = ModelConfig.from_dict(scale.shapes[model]).kv_elements_per_token * DTYPE_BYTES[scale.dtype]
     slot = (upper + scale.num_prompt) * token_bytes
+
+    def with_timeline(run: Run) -> Data:
+        Timeline(run.steps).to_json(bench.folder / "memory-timeline.json")  # rows over steps, for the report
+        return kv_curve(run)
+
     try:
         bench.config(model, rows_at_most, upper + scale.num_prompt)
         reference = bench.reference(model, scale.num_output)
         gap = published.INTERVAL / published.FIG_4A[model].single * reference["single"]
         jobs = draw_jobs(bench, model, count, upper, gap)
         cells = {
-            mode: bench.measure("memory", model, name, {"": jobs}, reference["tokens"], kv_curve, rows=rows_at_most)
+            mode: bench.measure(
+                *("memory", model, name, {"": jobs}, reference["tokens"]),
+                extra=with_timeline if mode == "move" else kv_curve,
+                rows=rows_at_most,
+                record=mode == "move",
+            )
             for mode, name in MODES.items()
         }
     except MissingError as error:
