@@ -287,7 +287,7 @@ class Bench:
         for cell, expected in seconds.items():
             if not self.budget.holds(expected * slower):
                 continue
-            self.say(f"{piece}, {cell}: about {expected * slower:.0f} s")
+            self.say(f"{', '.join(filter(None, (piece, cell)))}: about {expected * slower:.0f} s")
             runs = [server.run(workloads[cell]) for _ in range(self.scale.runs)]
             for run in runs:
                 errors = [record.error for record in run.records if record.error]
