@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -284,12 +286,10 @@ def _cpu() -> str:
 def environment(device: str) -> dict[str, Any]:
     """What a result was measured with."""
     if device == "cuda":
-        import triton
-
         return {
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "triton": triton.__version__,
+            "triton": import_module("triton").__version__ if find_spec("triton") else None,
             "flover": flover.__version__,
         }
     return {
