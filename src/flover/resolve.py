@@ -215,7 +215,9 @@ def _size_cache(
             why["max_model_len"] = ("machine", f"cut to the {blocks} blocks that the cache has")
     limit = budget if config.num_kv_blocks is None else free
     if blocks * block * token_bytes > limit or (blocks * block < length and config.num_kv_blocks is None):
-        raise ValueError(_does_not_fit(config, model, device, length, seqs, token_bytes, limit))
+        raise ValueError(
+            _does_not_fit(config, model, device, _Cache(seqs, length, block, blocks), token_bytes, limit, free)
+        )
     return _Cache(seqs, length, block, blocks), why
 
 
@@ -244,23 +246,34 @@ def _check_length(config: EngineConfig, model: ModelConfig, length: int) -> None
 
 
 def _does_not_fit(
-    config: EngineConfig, model: ModelConfig, device: str, length: int, seqs: int, token_bytes: int, limit: int
+    config: EngineConfig,
+    model: ModelConfig,
+    device: str,
+    cache: _Cache,
+    token_bytes: int,
+    limit: int,
+    free: int,
 ) -> str:
+    """limit: bytes that the cache may have; free: that it could."""
     tokens = limit // token_bytes
     if config.num_kv_blocks is not None:
         size = human(config.num_kv_blocks * config.block_size * token_bytes)
         fits = f"num_kv_blocks={tokens // config.block_size} would fit"
         return f"num_kv_blocks={config.num_kv_blocks} takes {size}, {human(limit)} is free: {fits}"
     slab = config.kv_layout == "slab"
-    rows, block = (seqs, 1) if slab else (1, config.block_size)
+    seqs, length = cache.seqs, cache.length
+    rows, block = (seqs, 1) if slab else (1, cache.block)
     wanted = rows * block * -(-length // block)
     short = tokens // rows // block * block  # whole blocks
-    choices = [f"max_num_seqs={tokens // length}"] if slab and tokens >= length else []
+    needed = wanted * token_bytes
+    choices = [f"kv_cache_memory_bytes={needed}"] if limit < needed <= free else []
+    choices += [f"max_num_seqs={tokens // length}"] if slab and tokens >= length else []
     choices += [f"max_model_len={short}"] if short else []
-    if config.kv_cache_dtype == "auto" and wanted * token_bytes // 2 <= limit:  # half of 16 bits, less of more
+    if config.kv_cache_dtype == "auto" and needed // 2 <= limit:  # half of 16 bits, less of more
         choices.append("kv_cache_dtype='fp8'")
-    choices += _more_ranks(config, model, device, lambda times: wanted * token_bytes // times <= limit)
+    choices += _more_ranks(config, model, device, lambda times: needed // times <= limit)
     what = f"a slab of max_num_seqs={seqs} x max_model_len={length}" if slab else f"max_model_len={length}"
-    size = f"{human(wanted * token_bytes)}{'' if slab else ' of KV cache for one request'}"
-    free = f"{human(limit)} is {'free' if slab else 'available'}"
-    return f"{what} takes {size}, {free}: {' or '.join(choices) or 'only a smaller model'} would fit"
+    size = f"{human(needed)}{'' if slab else ' of KV cache for one request'}"
+    return (
+        f"{what} takes {size}, {human(limit)} is available: {' or '.join(choices) or 'only a smaller model'} would fit"
+    )

@@ -182,6 +182,9 @@ def _make(name: str, bench: Bench) -> Data:
         figure = FIGURES[name].make(bench)
     except MemoryError as error:
         figure = gap_figure(f"out of memory: {error}")
+    gaps = figure.gaps + bench.unmeasured
+    if figure.verdict.startswith("Gap") and gaps and gaps[0]["why"] not in figure.verdict:
+        figure.verdict += f" {gaps[0]['why']}"
     environment = provenance(bench.device)
     environment["commit"] = ", ".join(sorted(filter(None, bench.pieces.commits))) or environment["commit"]
     command = re.sub(r" --budget[ =]\S+", "", environment.pop("command"))  # which only says how much of it was measured
@@ -205,7 +208,7 @@ def _make(name: str, bench: Bench) -> Data:
         "same_tokens_as_serial": _same(figure.tokens),
         "rows": figure.rows,
         "tokens": figure.tokens,
-        "gaps": figure.gaps + bench.unmeasured,
+        "gaps": gaps,
         "complete": not bench.unmeasured and not figure.verdict.startswith("Gap"),
         "plot": figure.plot,
     }

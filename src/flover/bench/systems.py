@@ -164,9 +164,15 @@ def _dynamic(name: str, detail: str, config: EngineConfig, options: dict[str, An
     return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0, **options)
 
 
+def _alone(name: str, config: EngineConfig) -> None:
+    if config.num_ranks > 1:
+        raise ValueError(f"{name} has no ranks: tensor_parallel_size and pipeline_parallel_size must be 1")
+
+
 def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.instances import ConcurrentSystem
 
+    _alone(name, config)
     _only(name, options, "asleep")
     return ConcurrentSystem(name, config, parse_count(name, detail) if detail else None, **options)
 
@@ -174,6 +180,7 @@ def _concurrent(name: str, detail: str, config: EngineConfig, options: dict[str,
 def _processes(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.processes import ProcessesSystem
 
+    _alone(name, config)
     _only(name, options)
     return ProcessesSystem(name, config, parse_count(name, detail) if detail else None)
 
@@ -181,6 +188,10 @@ def _processes(name: str, detail: str, config: EngineConfig, options: dict[str, 
 def _transformers(name: str, detail: str, config: EngineConfig, options: dict[str, Any]) -> System:
     from flover.bench.outside import TransformersBatchSystem, TransformersSystem
 
+    _alone(name, config)
+    for option in ("quantization", "kv_cache_dtype"):
+        if (value := getattr(config, option)) not in ("none", "auto"):
+            raise ValueError(f"{name} has no {option}={value!r} of ours: it would compute something else")
     _only(name, options)
     return (TransformersBatchSystem if detail else TransformersSystem)(name, config)
 
