@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from flover.bench import paper, results
-from flover.bench.figures import context, servers
+from flover.bench.figures import context, progress, reorder, servers
 from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import agree, seconds_by_rows, total
 from flover.bench.figures.pieces import Pieces
+from flover.bench.figures.reorder import INDEX_SELECT
 from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
+from flover.bench.plans import PLANS
 from flover.bench.records import Job
 from flover.bench.report import report
 from flover.cli import main
@@ -280,6 +282,38 @@ def test_mistakes_are_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("end", "half", "word"), [(1.0, 1.0, "Reproduced"), (1.0, 3.0, "Partly"), (3.0, 3.0, "No")])
+def test_progress_may_fail(end: float, half: float, word: str) -> None:
+    rows = [{"system": name, "end_x": 2.0, "half_x": 2.0} for name in ("dynamic 2 s", "concurrent")]
+    assert progress._progress_verdict([{"system": "fused", "end_x": end, "half_x": half}, *rows]).startswith(f"{word}:")
+
+
+@pytest.mark.parametrize(
+    ("call", "trace", "said"), [(9, 9, "Reproduced: call by call no"), (5, 9, "Partly: call by call a"), (5, 5, "No: ")]
+)
+def test_reorder_may_fail(call: int, trace: int, said: str) -> None:
+    others = dict.fromkeys((*PLANS, INDEX_SELECT), trace) | {"ours": 7}
+    traces = [{"max_len": 1, "pace": "", "plan": p, "tokens": n, "traces_worse": 0} for p, n in others.items()]
+    calls = [{"slots": 1, "dead": 0, "plan": p, "tokens": n, "us": 1} for p, n in (others | {"paper": call}).items()]
+    assert reorder._verdict(traces, calls).startswith(said)
+
+
+def test_memory_may_fail(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "memory.json").unlink()
+    for mode in ("move", "indirect", "paged"):
+        path = tmp_path / "pieces" / f"memory-llama-13b-fused-{mode}.json"
+        piece = json.loads(path.read_text())
+        run = piece["cells"][""]["data"]
+        run["curve"][-1][2] = run["reserved_peak"] - (mode == "move")
+        path.write_text(json.dumps(piece))
+    paper.run_figures(["memory"], tmp_path, "micro", device="cpu", say=lambda _: None)
+    assert stored(tmp_path, "memory")["verdict"].startswith("Partly: finished requests give memory back with move. Of")
 
 
 # ---- theory ----------------------------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ class Figure:
     plot: Data = field(default_factory=dict)
 
 
+def grade(*held: bool) -> str:
+    """The first word of a verdict: all, some or none of what was claimed."""
+    return "Reproduced" if all(held) else "Partly" if any(held) else "No"
+
+
 def gap_figure(why: str) -> Figure:
     """A figure that could not run."""
     return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Figure, gap_figure
+from flover.bench.figures.context import OURS, Bench, Figure, gap_figure, grade
 from flover.bench.figures.digests import Data
 from flover.bench.figures.servers import MissingError
 from flover.bench.records import Job, Run
@@ -269,8 +269,11 @@ def figure_memory(bench: Bench) -> Figure:
     ours = {
         f"{mode}: mean reserved over keep everything": r["reserved_mean_mb"] * 1e6 / keep for mode, r in by_mode.items()
     }
+    given = {mode: run["curve"][-1][2] < run["reserved_peak"] for mode, run in runs.items() if mode != "off"}
     verdict = (
-        f"Reproduced: finished requests give memory back. Of what a slot for each of {count} requests takes, move holds"
+        f"{grade(*given.values())}: finished requests give memory back with"
+        f" {', '.join(mode for mode in given if given[mode]) or 'no layout'}."
+        f" Of what a slot for each of {count} requests takes, move holds"
         f" {ours['move: mean reserved over keep everything']:.0%} on average, indirect"
         f" {ours['indirect: mean reserved over keep everything']:.0%}, off (every slot of {rows_at_most} rows)"
         f" {ours['off: mean reserved over keep everything']:.0%}, paged blocks"
