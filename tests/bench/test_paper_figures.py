@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flover.bench import paper, results
 from flover.bench.figures import context, progress, reorder, servers
@@ -158,6 +159,30 @@ def test_an_interrupted_run_loses_one_cell(tmp_path: Path, monkeypatch: pytest.M
     assert {row["model"] for row in stored(tmp_path, "4a")["rows"]} == {"gptj-6b", "llama-13b"}  # one folder, in slices
     paper.run_figures(["4a"], tmp_path, "micro", seed=1, **options)
     assert len(asked) > 2 * count  # other jobs
+
+
+def test_an_interruption_says_that_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pieces, "keep", interrupted)
+    arguments = ["--scale", "micro", "--figure", "8", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["bench", "paper", *arguments]) == 130
+    assert f"what was measured is in {tmp_path}, and the same command goes on" in capsys.readouterr().out
+
+
+def test_a_device_out_of_memory_is_a_gap_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "_runs", full)
+        assert paper.run_figures(["8", "reorder"], tmp_path, "micro", device="cpu", say=lambda _: None) == 1
+    assert stored(tmp_path, "8")["verdict"] == "Gap: out of memory: CUDA out of memory. Tried"
+    paper.run_figures(["8"], tmp_path, "micro", device="cpu", say=lambda _: None)
+    assert stored(tmp_path, "8")["complete"]
 
 
 def test_a_budget_leaves_cells_for_the_next_run(

@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flover.bench.figures import arrivals, headline, lengths, progress, reorder
 from flover.bench.figures.context import Bench, Figure, gap_figure
 from flover.bench.figures.digests import Data, total
@@ -180,8 +182,9 @@ def _make(name: str, bench: Bench) -> Data:
     bench.pieces.commits.clear()
     try:
         figure = FIGURES[name].make(bench)
-    except MemoryError as error:
-        figure = gap_figure(f"out of memory: {error}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        bench.servers.close()
+        figure = gap_figure(f"out of memory: {' '.join(str(error).split())}")
     gaps = figure.gaps + bench.unmeasured
     if figure.verdict.startswith("Gap") and gaps and gaps[0]["why"] not in figure.verdict:
         figure.verdict += f" {gaps[0]['why']}"
