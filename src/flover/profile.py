@@ -10,8 +10,10 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -272,19 +274,26 @@ def _marked(runner: ModelRunner) -> Iterator[None]:
         del runner.execute
 
 
+def _cpu() -> str:
+    """The model where the system tells it."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def environment(device: str) -> dict[str, Any]:
     """What a result was measured with."""
     if device == "cuda":
-        import triton
-
         return {
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "triton": triton.__version__,
+            "triton": import_module("triton").__version__ if find_spec("triton") else None,
             "flover": flover.__version__,
         }
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "flover": flover.__version__,

@@ -5,7 +5,7 @@ Where each value came from is recorded (`flover ... --explain`). No torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from flover.config import (
     human,
 )
 from flover.model_config import ModelConfig
-from flover.sharding import check_ranks, local_kv_heads
+from flover.sharding import check_ranks, divides, local_kv_heads
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -86,7 +86,7 @@ def resolve(
     cache_dtype = kv_dtype(config, dtype)
     _check_parallel(config, model, device)
     token_bytes = kv_bytes_per_token(of_a_stage(config, model), cache_dtype, config.tensor_parallel_size)
-    free = _room(config, device, hardware.free_bytes, weights, step)
+    free = _room(config, model, hardware, device, dtype, weights, step)
     cache, why = _size_cache(config, model, device, free, token_bytes)
     tokens = config.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
     prefix = config.enable_prefix_caching and config.kv_layout == "paged"
@@ -143,18 +143,36 @@ def _check_parallel(config: EngineConfig, model: ModelConfig, device: str) -> No
         )
 
 
-def _room(config: EngineConfig, device: str, free_bytes: int, weights: int, step: int) -> int:
+def _room(
+    config: EngineConfig, model: ModelConfig, hardware: Hardware, device: str, dtype: str, weights: int, step: int
+) -> int:
     """Bytes for the cache, beside weights and steps."""
     share = memory_share(config, device)
-    free = int(free_bytes * share) - weights - step
-    if free <= 0:
-        steps = f" and a step {human(step)}" if step else ""
-        smaller = "a smaller max_num_batched_tokens, max_num_seqs, dtype" if step else "a smaller dtype"
-        raise ValueError(
-            f"the weights take {human(weights)}{steps} but only {human(free_bytes)} is free on {device}, of "
-            f"which {share:.0%} may be taken; {smaller}, quantization or a smaller model would fit"
-        )
-    return free
+    limit = int(hardware.free_bytes * share)
+    if weights + step < limit:
+        return limit - weights - step
+    width = DTYPE_BYTES[dtype]
+    fits = ["a smaller max_num_batched_tokens or max_num_seqs"] if weights < limit <= weights + step else []
+    limit -= step
+    if config.quantization == "none":
+        tables = min(weights, 2 * model.vocab_size * model.hidden_size * width)  # which are not quantised
+        fits += ["dtype='bfloat16'"] if width > 2 and weights * 2 // width < limit else []
+        fits += ["quantization='int8'"] if tables + (weights - tables) // width < limit else []
+    fits += _more_ranks(config, model, device, lambda times: weights // times < limit)
+    steps = f" and a step {human(step)}" if step else ""
+    raise ValueError(
+        f"the weights take {human(weights)}{steps} but only {human(hardware.free_bytes)} is free on {device}, of "
+        f"which {share:.0%} may be taken: {human(weights - limit)} too much; "
+        f"{' or '.join(fits) or 'only a smaller model'} would fit"
+    )
+
+
+def _more_ranks(config: EngineConfig, model: ModelConfig, device: str, fits: Callable[[int], bool]) -> list[str]:
+    """The fewest tensor-parallel GPUs with which something fits that so many times as many hold; ranks on a CPU share
+    its memory."""
+    ranks = config.tensor_parallel_size
+    times = (n // ranks for n in range(2 * ranks, model.num_kv_heads + 1, ranks) if divides(model, n))
+    return [f"tensor_parallel_size={n * ranks}" for n in times if device == "cuda" and fits(n)][:1]
 
 
 class _Cache(NamedTuple):
@@ -197,7 +215,9 @@ def _size_cache(
             why["max_model_len"] = ("machine", f"cut to the {blocks} blocks that the cache has")
     limit = budget if config.num_kv_blocks is None else free
     if blocks * block * token_bytes > limit or (blocks * block < length and config.num_kv_blocks is None):
-        raise ValueError(_does_not_fit(config, length, seqs, token_bytes, limit))
+        raise ValueError(
+            _does_not_fit(config, model, device, _Cache(seqs, length, block, blocks), token_bytes, limit, free)
+        )
     return _Cache(seqs, length, block, blocks), why
 
 
@@ -225,18 +245,35 @@ def _check_length(config: EngineConfig, model: ModelConfig, length: int) -> None
         )
 
 
-def _does_not_fit(config: EngineConfig, length: int, seqs: int, token_bytes: int, limit: int) -> str:
+def _does_not_fit(
+    config: EngineConfig,
+    model: ModelConfig,
+    device: str,
+    cache: _Cache,
+    token_bytes: int,
+    limit: int,
+    free: int,
+) -> str:
+    """limit: bytes that the cache may have; free: that it could."""
     tokens = limit // token_bytes
     if config.num_kv_blocks is not None:
         size = human(config.num_kv_blocks * config.block_size * token_bytes)
         fits = f"num_kv_blocks={tokens // config.block_size} would fit"
         return f"num_kv_blocks={config.num_kv_blocks} takes {size}, {human(limit)} is free: {fits}"
-    if config.kv_layout == "slab":
-        return (
-            f"a slab of max_num_seqs={seqs} x max_model_len={length} takes {human(seqs * length * token_bytes)}, "
-            f"{human(limit)} is free: max_num_seqs={tokens // length} or max_model_len={tokens // seqs} would fit"
-        )
+    slab = config.kv_layout == "slab"
+    seqs, length = cache.seqs, cache.length
+    rows, block = (seqs, 1) if slab else (1, cache.block)
+    wanted = rows * block * -(-length // block)
+    short = tokens // rows // block * block  # whole blocks
+    needed = wanted * token_bytes
+    choices = [f"kv_cache_memory_bytes={needed}"] if limit < needed <= free else []
+    choices += [f"max_num_seqs={tokens // length}"] if slab and tokens >= length else []
+    choices += [f"max_model_len={short}"] if short else []
+    if config.kv_cache_dtype == "auto" and needed // 2 <= limit:  # half of 16 bits, less of more
+        choices.append("kv_cache_dtype='fp8'")
+    choices += _more_ranks(config, model, device, lambda times: needed // times <= limit)
+    what = f"a slab of max_num_seqs={seqs} x max_model_len={length}" if slab else f"max_model_len={length}"
+    size = f"{human(needed)}{'' if slab else ' of KV cache for one request'}"
     return (
-        f"max_model_len={length} takes {human(length * token_bytes)} of KV cache for one request, {human(limit)} is "
-        f"available: max_model_len={tokens} would fit"
+        f"{what} takes {size}, {human(limit)} is available: {' or '.join(choices) or 'only a smaller model'} would fit"
     )

@@ -79,13 +79,14 @@ def test_throughput(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypat
 
 
 def test_compare(capfd: pytest.CaptureFixture[str]) -> None:
-    args = ["--policy", "serial,fused", "--random-range-ratio", "0.5", "--request-rate", "200"]
+    args = ["--policy", "serial,fused,dynamic", "--random-range-ratio", "0.5", "--request-rate", "200"]
     assert main(["bench", "compare", *LOAD, *SMALL, *args]) == 0
     out = capfd.readouterr().out
     assert "random, 4-12 prompt and 3-9 output tokens, 5 requests, 200 a second (Poisson), seed 0" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
     assert rows["serial"][-1] == "1.00"
     assert rows["fused"][-1] == "100.0%", "float64: the same tokens"
+    assert "TPOT 0: no gap between tokens, as in a batch that leaves together" in out
 
 
 def test_latency(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +116,24 @@ def test_every_system_gets_the_same_jobs(log: list[Any], tmp_path: Path, capfd: 
     kept = json.loads(path.read_text())
     assert kept["systems"]["fused"]["same_tokens_as_serial"] == 0.8
     assert kept["missing"] == {"transformers": "transformers is not installed"}
+
+
+def test_what_others_did_is_kept_when_one_does_not_fit(
+    log: list[Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(name: str, config: Any) -> Fake:
+        if name.startswith("concurrent"):
+            raise ValueError("9999 instances need 39.1 GiB")
+        return Fake(name, log)
+
+    monkeypatch.setattr(bench_run, "make_system", make)
+    assert main(["bench", "compare", *LOAD, *SMALL, "--policy", "serial,concurrent:9999,fused"]) == 0
+    out = capfd.readouterr().out
+    assert "concurrent:9999: not measured: 9999 instances need 39.1 GiB" in out
+    assert re.search(r"^fused .* 80\.0%$", out, re.M)
+    assert "TPOT 0" not in out
+    assert main(["bench", "compare", *LOAD, *SMALL, "--policy", "concurrent:9999"]) == 2
+    assert capfd.readouterr().err == "flover: error: 9999 instances need 39.1 GiB\n"
 
 
 def test_interrupted(log: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +167,25 @@ def test_trace_and_published_lengths(log: list[Any], tmp_path: Path, capfd: pyte
     assert [job.arrival for job in log[-2][1]] == [0, 0.5, 1, 1.5, 2]
 
 
+def test_laws_of_lengths(log: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    laws = ["--input-len", "uniform:3:9", "--output-len", "lognormal:20:70", "--num-prompts", "400"]
+    assert main(["bench", "throughput", *laws, *SMALL]) == 0
+    out = capfd.readouterr().out
+    assert "random, 3-9 prompt and lognormal:20:70 output tokens, 400 requests" in out
+    assert "shortened to max_model_len=128" in out
+    jobs = log[1][1]
+    assert {len(job.prompt) for job in jobs} >= set(range(4, 10))
+    outputs = sorted(job.num_output for job in jobs)
+    assert (sum(outputs) / 400, outputs[379]) == (pytest.approx(20, rel=0.2), pytest.approx(70, rel=0.25))
+
+
+def test_a_trace_of_absurd_lengths_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"arrival": 0, "num_prompt": 1000000000000, "num_output": 3}')
+    assert main(["bench", "throughput", "--dataset-path", str(path), *SMALL]) == 2
+    assert "t.jsonl:1: num_prompt must be a number of tokens, 1 to 10000000, got" in capfd.readouterr().err
+
+
 def test_startup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.json"
     assert main(["bench", "startup", "--num-repeats", "1", *SMALL, "--output-json", str(path)]) == 0
@@ -170,7 +208,7 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["throughput", "--policy", "fusd"], "unknown system 'fusd'; known: serial"),
+        (["throughput", "--policy", "fusd"], "unknown system 'fusd'; did you mean 'fused'?; known: serial"),
         (["compare", "--policy", "serial,nope"], "unknown system 'nope'"),
         (["compare", "--policy", ","], "--policy names nothing to compare"),
         (["throughput", "--dataset-name", "sharegtp"], "did you mean 'sharegpt'?"),
@@ -183,7 +221,14 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
         (["throughput", "--dataset-name", "custom", "--dataset-path", "x"], "a trace of prompt_token_ids works"),
         (["throughput", "--num-prompts", "0"], "--num-prompts must be at least 1"),
         (["throughput", "--num-repeats", "0"], "--num-repeats must be at least 1"),
-        (["throughput", "--input-len", "0"], "--input-len must be at least 1"),
+        (["throughput", "--input-len", "0"], "--input-len must be tokens (1 to 10000000) such as 128, uniform:"),
+        (["throughput", "--input-len", "10000000000000"], "--input-len must be tokens"),
+        (["throughput", "--output-len", "zipf:1:2"], "--output-len must be tokens"),
+        (["throughput", "--output-len", "uniform:9:2"], "1 <= lo <= hi, got (9, 2)"),
+        (["throughput", "--output-len", "lognormal:200:900"], "the percentile must be 1 to 3.87 times the mean"),
+        (["throughput", "--input-len", "uniform:2:9", "--random-range-ratio", "0.5"], "goes with lengths such as 128"),
+        (["throughput", "--burstiness", "0.5"], "--burstiness needs --request-rate"),
+        (["latency", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["throughput", "--input-len", "5000"], "a prompt of 5000 and an output of 128 tokens do not fit"),
         (["throughput", "--random-range-ratio", "1"], "below 1, got 1.0"),
         (["throughput", "--request-rate", "-1"], "the request rate must be over 0"),

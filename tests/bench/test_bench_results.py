@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from flover.bench import results
 from flover.bench.records import Record, Run
 from flover.bench.results import (
     Estimate,
@@ -119,6 +121,30 @@ def test_block_of_repeats() -> None:
     text = block(over_repeats([measure(RUN), measure(other)]))
     assert "Benchmark duration (s):                 3.00       ± 13" in text  # 12.706 * sqrt(2) / sqrt(2)
     assert "Successful requests:                    1.50       ± 6.4" in text
+
+
+def test_the_commit_is_the_package_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "flover"
+    (package / "bench").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(results, "__file__", str(package / "bench" / "results.py"))
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "a project that flover is installed in")
+    assert results._commit() is None
+    git("add", ".")
+    git("commit", "-m", "flover's own")
+    assert results._commit() == git("rev-parse", "--short", "HEAD").strip()
+    (package / "__init__.py").write_text("x = 1")
+    assert results._commit() == git("rev-parse", "--short", "HEAD").strip() + "-dirty"
+    (tmp_path / ".git").rename(tmp_path / "git")
+    assert results._commit() is None
 
 
 def test_json(tmp_path: Path) -> None:

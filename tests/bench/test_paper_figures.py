@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from flover.bench import paper
-from flover.bench.figures import context, servers
+from flover.bench import paper, results
+from flover.bench.figures import context, progress, reorder, servers
 from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import agree, seconds_by_rows, total
 from flover.bench.figures.pieces import Pieces
+from flover.bench.figures.reorder import INDEX_SELECT
 from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
+from flover.bench.plans import PLANS
 from flover.bench.records import Job
+from flover.bench.report import report
 from flover.cli import main
 from flover.config import DTYPE_BYTES
 from flover.model_config import ModelConfig
@@ -75,6 +81,12 @@ def test_every_figure_says_what_it_must(folder: Path, name: str) -> None:
     assert len({tuple(row) for row in data["rows"] if row.get("system") != "serial"}) <= 2  # one table
     assert data["environment"]["torch"]
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_a_timeline(folder: Path, tmp_path: Path) -> None:
+    report(folder, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert re.search(r"memory-timeline: rows over steps</h2>\s*<p>The running batch: 32 requests", page)
 
 
 @pytest.mark.parametrize("name", [name for name in paper.FIGURES if name != "reorder"])
@@ -149,6 +161,30 @@ def test_an_interrupted_run_loses_one_cell(tmp_path: Path, monkeypatch: pytest.M
     assert len(asked) > 2 * count  # other jobs
 
 
+def test_an_interruption_says_that_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pieces, "keep", interrupted)
+    arguments = ["--scale", "micro", "--figure", "8", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["bench", "paper", *arguments]) == 130
+    assert f"what was measured is in {tmp_path}, and the same command goes on" in capsys.readouterr().out
+
+
+def test_a_device_out_of_memory_is_a_gap_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "_runs", full)
+        assert paper.run_figures(["8", "reorder"], tmp_path, "micro", device="cpu", say=lambda _: None) == 1
+    assert stored(tmp_path, "8")["verdict"] == "Gap: out of memory: CUDA out of memory. Tried"
+    paper.run_figures(["8"], tmp_path, "micro", device="cpu", say=lambda _: None)
+    assert stored(tmp_path, "8")["complete"]
+
+
 def test_a_budget_leaves_cells_for_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
 ) -> None:
@@ -164,7 +200,14 @@ def test_a_budget_leaves_cells_for_the_next_run(
     assert {row["best_of"] for row in data["rows"]} == {"serial"}
     assert "the budget has no time for it" in json.dumps(data["gaps"])
     assert stored(tmp_path, "8")["gap"] == "no draw is measured"
+    for path in (tmp_path / "pieces").glob("*.json"):
+        path.write_text(re.sub('"commit": [^,]*', '"commit": "0ld"', path.read_text()))
+    monkeypatch.setattr(sys, "argv", ["flover", "bench", "paper", "--budget", "9", "--output", "x"])
+    monkeypatch.setattr(results, "_commit", lambda: "new")
     paper.run_figures(["4a", "8"], tmp_path, "micro", **options)
+    data = stored(tmp_path, "4a")
+    assert data["environment"]["commit"] == "0ld, new", "of all cells"
+    assert data["command"] == "flover bench paper --output x", "which makes all of it"
     assert len(set(asked)) == len(asked) > 10
     assert all(row["fused_s"] and row["concurrent_s"] for row in stored(tmp_path, "4a")["rows"])
     assert stored(tmp_path, "8")["complete"]
@@ -188,7 +231,7 @@ def test_what_does_not_fit_is_a_gap_before_it_is_loaded(tmp_path: Path, monkeypa
     assert paper.run_figures(names, tmp_path, "micro", device="cpu", say=lambda _: None) == 0
     for name in names:
         data = stored(tmp_path, name)
-        assert data["gap"], name
+        assert "only 100 GiB is free" in data["verdict"], name
         assert "only 100 GiB is free" in json.dumps(data["gaps"]), name
 
 
@@ -245,9 +288,12 @@ def test_without_matplotlib_there_is_json(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--figure", "memry"], "unknown figure 'memry'; did you mean 'memory'?; known"),
+        (["--device", "tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
         (["--figure", "5x"], "unknown figure '5x'; known: 4a, 4b, 4c, progress, 8, fixed, random, reorder, memory, tp"),
         (["--scale", "huge"], "scale must be one of"),
-        (["--outside", "vllm"], "unknown system 'vllm'"),
+        (["--outside", "vllm"], "--outside 'vllm' is not an outside system: transformers"),
+        (["--outside", "transformers:fast"], "unknown system 'transformers:fast'"),
         (["--outside", "fused"], "--outside 'fused' is not an outside system"),
         (["--model", "gpt5"], "unknown model 'gpt5'; known: gptj-6b"),
     ],
@@ -261,6 +307,38 @@ def test_mistakes_are_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("end", "half", "word"), [(1.0, 1.0, "Reproduced"), (1.0, 3.0, "Partly"), (3.0, 3.0, "No")])
+def test_progress_may_fail(end: float, half: float, word: str) -> None:
+    rows = [{"system": name, "end_x": 2.0, "half_x": 2.0} for name in ("dynamic 2 s", "concurrent")]
+    assert progress._progress_verdict([{"system": "fused", "end_x": end, "half_x": half}, *rows]).startswith(f"{word}:")
+
+
+@pytest.mark.parametrize(
+    ("call", "trace", "said"), [(9, 9, "Reproduced: call by call no"), (5, 9, "Partly: call by call a"), (5, 5, "No: ")]
+)
+def test_reorder_may_fail(call: int, trace: int, said: str) -> None:
+    others = dict.fromkeys((*PLANS, INDEX_SELECT), trace) | {"ours": 7}
+    traces = [{"max_len": 1, "pace": "", "plan": p, "tokens": n, "traces_worse": 0} for p, n in others.items()]
+    calls = [{"slots": 1, "dead": 0, "plan": p, "tokens": n, "us": 1} for p, n in (others | {"paper": call}).items()]
+    assert reorder._verdict(traces, calls).startswith(said)
+
+
+def test_memory_may_fail(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "memory.json").unlink()
+    for mode in ("move", "indirect", "paged"):
+        path = tmp_path / "pieces" / f"memory-llama-13b-fused-{mode}.json"
+        piece = json.loads(path.read_text())
+        run = piece["cells"][""]["data"]
+        run["curve"][-1][2] = run["reserved_peak"] - (mode == "move")
+        path.write_text(json.dumps(piece))
+    paper.run_figures(["memory"], tmp_path, "micro", device="cpu", say=lambda _: None)
+    assert stored(tmp_path, "memory")["verdict"].startswith("Partly: finished requests give memory back with move. Of")
 
 
 # ---- theory ----------------------------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ def test_every_figure_and_its_facts_are_there(tmp_path: Path) -> None:
     assert re.findall(r'<h2><span class="id">(.*?)</span>', text) == ["4a", "8", "zz"], "the paper's order"
     for fact in ("10.9", "18.2", "1.67", "H200", "2.11", "flover bench paper --figure 8", "a faster baseline"):
         assert fact in text
+    put(tmp_path, "4a", paper={"x": "1.1 to 1.2"}, ours={})
+    assert '<td class="num">1.1 to 1.2</td><td class="num">–</td>' in made(tmp_path), "under numbers, as numbers"
     page = Page(text)
     assert len(page.all("figure")) == 3
     assert "figure-2" in {a.get("id") for _, a in page.tags}
@@ -182,6 +184,16 @@ def test_gaps_are_named_with_their_reason(tmp_path: Path) -> None:
     assert "cannot be read" in gaps["8.json"]
     assert "cannot be read" in gaps["timeline.json"]
     assert not any("other" in name for name in gaps)
+
+
+def test_figures_of_the_same_cells_share_their_gaps(tmp_path: Path) -> None:
+    gap = {"what": "poisson: draw 0; draw 1; draw 2", "why": "no time"}
+    put(tmp_path, "4a", gaps=[gap])
+    put(tmp_path, "4b", gaps=[gap, {"what": "all", "why": "no memory"}])
+    text = made(tmp_path)
+    assert "<dt>4a, 4b poisson: draw 0; 2 more</dt><dd>no time</dd>" in text
+    assert "<dt>4b all</dt><dd>no memory</dd>" in text
+    assert "draw 2" not in text
 
 
 @pytest.mark.parametrize(

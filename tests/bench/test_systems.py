@@ -7,6 +7,7 @@ import random
 import threading
 import time
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -324,6 +325,23 @@ def test_a_name_that_is_not_known_is_refused_in_one_line(echo: EngineConfig, nam
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=said):
         check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("concurrent:2", {"tensor_parallel_size": 2}, "concurrent:2 has no ranks"),
+        ("concurrent-processes", {"pipeline_parallel_size": 2}, "concurrent-processes has no ranks"),
+        ("transformers", {"tensor_parallel_size": 2}, "transformers has no ranks"),
+        ("transformers", {"quantization": "int8"}, "transformers has no quantization='int8' of ours"),
+        ("transformers:batch", {"kv_cache_dtype": "fp8"}, "has no kv_cache_dtype='fp8' of ours"),
+    ],
+)
+def test_a_setting_that_a_system_lacks_is_refused(
+    echo: EngineConfig, name: str, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_system(name, replace(echo, **change))
 
 
 def test_an_unknown_option_is_refused(echo: EngineConfig) -> None:

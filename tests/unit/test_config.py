@@ -114,6 +114,42 @@ def test_what_cannot_fit_says_what_would(options: dict[str, Any], message: str) 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("device", "memory", "options", "choices"),
+    [
+        ("cpu", GIB, {}, ["dtype='bfloat16'", "quantization='int8'"]),
+        ("cpu", int(0.5 * GIB), {}, ["quantization='int8'"]),
+        ("cpu", int(0.2 * GIB), {}, ["only a smaller model"]),
+        ("cuda", int(0.2 * GIB), {}, ["tensor_parallel_size=8"]),
+        ("cuda", GIB, {"dtype": "bfloat16", "quantization": "int8"}, ["tensor_parallel_size=2"]),
+        ("cuda", int(1.3 * GIB), {"kv_layout": "slab", "max_num_seqs": 5}, None),
+        ("cuda", int(1.12 * GIB), {"max_model_len": 4096}, None),
+        ("cpu", 16 * GIB, {"kv_layout": "slab", "max_num_seqs": 20}, None),
+        ("cuda", int(1.12 * GIB), {"max_model_len": 4096, "kv_cache_dtype": "fp8", "kv_layout": "slab"}, None),
+    ],
+)
+def test_only_what_would_fit_is_named(
+    device: str, memory: int, options: dict[str, Any], choices: list[str] | None
+) -> None:
+    with pytest.raises(ValueError, match=" would fit$") as error:
+        resolved(memory=memory, device=device, **options)
+    named = str(error.value).replace("; ", ": ").removesuffix(" would fit").rpartition(": ")[2].split(" or ")
+    assert choices is None or named == choices
+    for choice in named if choices is None else ():
+        name, _, value = choice.partition("=")
+        ranks = int(value) if name == "tensor_parallel_size" else 1
+        change = {name: int(value) if value.isdigit() else value.strip("'")}
+        assert resolved(memory=memory, weights=GIB // ranks, device=device, **(options | change)), choice
+    assert "=0" not in str(error.value)
+
+
+def test_a_step_that_does_not_fit_may_be_made_smaller() -> None:
+    with pytest.raises(
+        ValueError, match=r"256\.0 MiB too much; a smaller max_num_batched_tokens or max_num_seqs or dt"
+    ):
+        resolve(EngineConfig(), ModelConfig.from_dict(HF), Hardware("cuda", int(2 * GIB / 0.9)), GIB, int(1.25 * GIB))
+
+
 def test_ranks_on_gpus() -> None:
     ranks = {"device": "cuda", "pipeline_parallel_size": 3, "tensor_parallel_size": 2}
     config = resolved(**ranks)

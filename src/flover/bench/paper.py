@@ -9,12 +9,15 @@ with the same settings is not made again. A figure that cannot run is written wi
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from flover.bench.figures import arrivals, headline, lengths, progress, reorder
 from flover.bench.figures.context import Bench, Figure
@@ -23,6 +26,7 @@ from flover.bench.figures.scale import SCALES
 from flover.bench.figures.servers import MissingError
 from flover.bench.results import provenance, write_json, write_text
 from flover.bench.systems import OUTSIDE, check_name
+from flover.show import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +63,16 @@ def check(figures: Sequence[str], scale: str, models: Sequence[str], outside: Se
     check_names("figure", figures, FIGURES)
     check_names("model", models, SCALES[scale].shapes)
     for name in outside:
-        check_name(name)
         if not name.startswith(OUTSIDE):
             raise ValueError(f"--outside {name!r} is not an outside system: {', '.join(OUTSIDE)}:URL")
+        check_name(name)
 
 
 def check_names(kind: str, names: Sequence[str], known: Collection[str]) -> None:
     """ValueError for one that is not known."""
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown {kind} {name!r}{nearest(name, set(known))}; known: {', '.join(known)}")
 
 
 def run_figures(
@@ -99,11 +103,11 @@ def run_figures(
         ValueError: an unknown figure, scale, model or outside system, or no such device.
     """
     check(figures, scale, models, outside)
-    output.mkdir(parents=True, exist_ok=True)
     done = 0
     with tempfile.TemporaryDirectory() as place:
         settings = device, models, overwrite, draws, budget, outside
         bench = Bench(SCALES[scale], seed, output, Path(place), *settings, say=lambda line: say(f"  {line}"))
+        output.mkdir(parents=True, exist_ok=True)
         stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
         _estimate([name for name, data in stored.items() if data is None], bench, say)
         try:
@@ -179,15 +183,22 @@ def _figure(name: str, bench: Bench) -> Figure:
         return FIGURES[name].make(bench)
     except MissingError as error:
         why = str(error)
-    except MemoryError as error:
-        why = f"out of memory: {error}"
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        bench.servers.close()
+        why = f"out of memory: {' '.join(str(error).split())}"
     return Figure({}, {}, f"Gap: {why}", [], gaps=[{"what": "the figure", "why": why}])
 
 
 def _make(name: str, bench: Bench) -> Data:
     bench.unmeasured.clear()
+    bench.pieces.commits.clear()
     figure = _figure(name, bench)
+    gaps = figure.gaps + bench.unmeasured
+    if figure.verdict.startswith("Gap") and gaps and gaps[0]["why"] not in figure.verdict:
+        figure.verdict += f" {gaps[0]['why']}"
     environment = provenance(bench.device)
+    environment["commit"] = ", ".join(sorted(filter(None, bench.pieces.commits))) or environment["commit"]
+    command = re.sub(r" --budget[ =]\S+", "", environment.pop("command"))  # which only says how much of it was measured
     stand_in = (
         f"Scale {bench.scale.name}: random models of two layers stand in for the paper's, and the fastest of"
         f" {bench.scale.runs} runs counts; compare shapes and ratios."
@@ -200,7 +211,7 @@ def _make(name: str, bench: Bench) -> Data:
         "paper": figure.paper,
         "ours": figure.ours,
         "environment": environment,
-        "command": environment.pop("command"),
+        "command": command,
         "seed": bench.seed,
         "scale": bench.scale.name,
         "settings": bench.identity,
@@ -208,7 +219,7 @@ def _make(name: str, bench: Bench) -> Data:
         "same_tokens_as_serial": _same(figure.tokens),
         "rows": figure.rows,
         "tokens": figure.tokens,
-        "gaps": figure.gaps + bench.unmeasured,
+        "gaps": gaps,
         "complete": not bench.unmeasured and not figure.verdict.startswith("Gap"),
         "plot": figure.plot,
     }

@@ -82,8 +82,12 @@ def report(folder: Path, output: Path) -> int:
     if not figures:
         raise ValueError(f"{folder} holds no figure: flover bench paper --output {folder} makes them")
     figures.sort(key=lambda f: (ORDER.index(f.id) if f.id in ORDER else len(ORDER), f.id))
+    shared: dict[tuple[str, str], list[str]] = {}  # figures of the same cells lack the same
     for figure in figures:
-        gaps += figure.gaps
+        for gap in figure.gaps:
+            shared.setdefault(gap, []).append(figure.id)
+    gaps += [(f"{', '.join(ids)} {where}".strip(), why) for (where, why), ids in shared.items()]
+    for figure in figures:
         if figure.verdict == "gap" and not figure.gaps:
             gaps.append((figure.id, " ".join([figure.verdict_text, *figure.notes]).strip()))
     gaps += [(name, "not run") for name in ORDER if not any(f.id.split("-")[0] == name for f in figures)]
@@ -152,7 +156,9 @@ def _figure(raw: Mapping[str, Any], image: Path) -> Figure:
     for gap in raw.get("gaps") or []:
         what = {k: v for k, v in gap.items() if k != "why"} if isinstance(gap, dict) else {}
         where = ", ".join(v if isinstance(v, str) else f"{k} {cell(v)}" for k, v in what.items())
-        figure.gaps.append((f"{figure.id} {where}".strip(), cell(gap.get("why") if isinstance(gap, dict) else gap)))
+        cell_name, *more = where.split("; ")  # cells of a piece, hundreds maybe
+        where = cell_name + (f"; {len(more)} more" if more else "")
+        figure.gaps.append((where, cell(gap.get("why") if isinstance(gap, dict) else gap)))
     if not any(table.chart for table in figure.tables) and image.is_file():
         figure.image = base64.b64encode(image.read_bytes()).decode()
     return figure

@@ -231,21 +231,30 @@ def provenance(device: str | None, script: bool = False) -> dict[str, Any]:
     """
     import numpy as np
 
-    here = Path(__file__).parent
-    try:
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git
-        commit = None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv] if script else ["flover", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": _commit(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cores": os.cpu_count(),
         **_environment(device),
     }
+
+
+def _commit() -> str | None:
+    """Of this package's own checkout, "-dirty" if it differs; None where it is installed, inside another's too."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+
+    try:
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
+            return None
+        dirty = "-dirty" if git("diff", "--quiet", "HEAD", "--", ".").returncode else ""
+        return git("rev-parse", "--short", "HEAD").stdout.strip() + dirty
+    except OSError:  # no git
+        return None
 
 
 def _environment(device: str | None) -> dict[str, Any]:

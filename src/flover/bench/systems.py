@@ -22,6 +22,7 @@ from typing import Any
 
 from flover.bench.records import Run, System
 from flover.config import EngineConfig
+from flover.show import nearest
 
 NAMES = (
     "serial",
@@ -73,7 +74,12 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
         from flover.bench.outside import OpenAISystem
 
         return OpenAISystem(name, detail, **options)
+    if kind in ("transformers", "concurrent", "concurrent-processes") and config.num_ranks > 1:
+        raise ValueError(f"{name} has no ranks: tensor_parallel_size and pipeline_parallel_size must be 1")
     if kind == "transformers":
+        for option in ("quantization", "kv_cache_dtype"):
+            if (value := getattr(config, option)) not in ("none", "auto"):
+                raise ValueError(f"{name} has no {option}={value!r} of ours: it would compute something else")
         from flover.bench.outside import TransformersBatchSystem, TransformersSystem
 
         return (TransformersBatchSystem if detail else TransformersSystem)(name, config)
@@ -119,7 +125,7 @@ def check_name(name: str) -> None:
     elif kind == "fused" and RANKS.search(name):
         check_name(RANKS.sub("", name))
     elif name not in NAMES or name.endswith((":DELAY", ":N", ":tpN")):
-        raise ValueError(f"unknown system {name!r}; known: {', '.join(NAMES)}")
+        raise ValueError(f"unknown system {name!r}{nearest(name, set(NAMES))}; known: {', '.join(NAMES)}")
 
 
 def parse_delay(text: str) -> float:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from flover.bench.records import Job
 from flover.bench.workload import (
     ARRIVALS,
+    MOST_TOKENS,
     P90,
     TOKENS,
     Arrivals,
@@ -104,8 +105,8 @@ def _trace_line(entry: dict[str, Any], where: str) -> TraceLine:
 
 def _tokens(entry: dict[str, Any], name: str) -> int:
     value = entry.get(name)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a number of tokens, at least 1, got {value!r}")
+    if type(value) is not int or not 1 <= value <= MOST_TOKENS:
+        raise ValueError(f"{name} must be a number of tokens, 1 to {MOST_TOKENS}, got {value!r}")
     return value
 
 

@@ -20,6 +20,7 @@ from flover.bench.records import Job
 Floats = npt.NDArray[np.float64]
 P90, P95 = 1.2815515655446004, 1.6448536269514722  # quantiles of the standard normal distribution
 ARRIVALS, PROMPTS, OUTPUTS, TOKENS = range(4)  # the streams of a seed
+MOST_TOKENS = 10_000_000  # of a prompt or an output: more is a mistake, and would fill the memory with ids
 
 
 # ---- arrivals --------------------------------------------------------------------------------------------------------
@@ -265,9 +266,9 @@ def make_jobs(
     tokens = stream(seed, TOKENS)
     jobs = []
     for time, (n, m) in zip(times.tolist(), draw_lengths(prompt_lengths, output_lengths, count, seed)):
-        ids = tokens.integers(0, vocab_size, n).tolist()  # drawn before it is cut: the next prompt is the same
-        n, m = fit(n, m, max_model_len, shrink)
-        jobs.append(Job(time, tuple(ids[:n]), m))
+        kept, m = fit(n, m, max_model_len, shrink)
+        ids = tokens.integers(0, vocab_size, n).tolist()  # drawn whole and then cut: the next prompt is the same
+        jobs.append(Job(time, tuple(ids[:kept]), m))
     return jobs
 
 
@@ -285,7 +286,7 @@ def fit(n: int, m: int, limit: int, shrink: bool) -> tuple[int, int]:
 
 
 def _whole(lengths: Floats) -> list[int]:
-    return [int(n) for n in np.maximum(np.rint(lengths), 1).tolist()]
+    return [int(n) for n in np.clip(np.rint(lengths), 1, MOST_TOKENS).tolist()]
 
 
 def stream(seed: int, number: int) -> np.random.Generator:

@@ -31,8 +31,8 @@ class Load:
     num_prompts: int | None = None
     dataset_name: str = "random"
     dataset_path: str | None = None
-    input_len: int = 128
-    output_len: int = 128
+    input_len: str = "128"
+    output_len: str = "128"
     range_ratio: float = 0.0
     request_rate: float | None = None
     request_interval: float | None = None
@@ -138,7 +138,9 @@ def latency(
     """How long one batch of equal requests takes, again and again."""
     from flover.cli.bench_run import run_latency
 
-    load = Load(num_prompts=batch_size, input_len=input_len, output_len=output_len)
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    load = Load(num_prompts=batch_size, input_len=str(input_len), output_len=str(output_len))
     return run_latency(policy, load, num_iters, num_iters_warmup, output_json, engine)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +25,12 @@ from flover.bench.traces import (
 )
 from flover.bench.workload import (
     ARRIVALS,
+    MOST_TOKENS,
     Arrivals,
     Gamma,
     Interval,
     Lengths,
+    Lognormal,
     Ramp,
     Uniform,
     draw_lengths,
@@ -101,6 +104,8 @@ def make_source(load: Load, vocab_size: int, max_model_len: int) -> Source:
         raise ValueError(f"--num-prompts must be at least 1, got {load.num_prompts}")
     if load.ramp_up_strategy is None and (load.ramp_up_start_rps, load.ramp_up_end_rps) != (None, None):
         raise ValueError("--ramp-up-start-rps and --ramp-up-end-rps need --ramp-up-strategy linear or exponential")
+    if load.burstiness is not None and not (load.request_rate or load.request_interval or load.ramp_up_strategy):
+        raise ValueError("--burstiness needs --request-rate or --ramp-up-strategy: it says how arrivals vary around it")
     if load.dataset_name in ELSEWHERE:
         instead = f"--dataset-name custom sends the prompts of a JSON lines file of {CUSTOM_LINE}"
         raise ValueError(f"--dataset-name {load.dataset_name} is not here: {instead}")
@@ -111,20 +116,20 @@ def make_source(load: Load, vocab_size: int, max_model_len: int) -> Source:
     if load.dataset_path is not None or load.dataset_name == "trace":
         return _trace(load, vocab_size, max_model_len)
     if load.dataset_name == "random":
-        burstiness, published = 1.0, None
-        inputs, outputs = _around(load.input_len, load, "input"), _around(load.output_len, load, "output")
+        burstiness = 1.0
+        inputs, outputs = (_law(load.input_len, load, "input"), _law(load.output_len, load, "output"))
         lengths: tuple[Lengths, Lengths] = (inputs, outputs)
-        text = f"random, {_range(inputs)} prompt and {_range(outputs)} output tokens"
+        text = f"random, {_range(inputs, load.input_len)} prompt and {_range(outputs, load.output_len)} output tokens"
+        shrink = any(isinstance(law, Lognormal) for law in lengths)  # of the others the longest is known
     else:
         try:
             published = named(load.dataset_name)
         except ValueError as error:
             raise ValueError(f"--dataset-name: {error}; or random, trace, custom") from None
-        burstiness, lengths = published.burstiness, (published.prompt, published.output)
+        burstiness, lengths, shrink = published.burstiness, (published.prompt, published.output), True
         text = f"{load.dataset_name} ({published.source}; {published.mark})"
     law, when = _arrivals(load, burstiness)
     count = load.num_prompts or NUM_PROMPTS
-    shrink = published is not None
     return Source(f"{text}, {count} requests, {when}", count, law, lengths, None, vocab_size, max_model_len, shrink)
 
 
@@ -158,16 +163,27 @@ def _first(lines: list[T], load: Load) -> list[T]:
     return lines[: load.num_prompts]
 
 
-def _around(length: int, load: Load, which: str) -> Uniform:
+def _law(text: str, load: Load, which: str) -> Uniform | Lognormal:
+    """Of lengths: "128", with the range ratio; "uniform:LO:HI"; "lognormal:MEAN:P95"."""
     ratio = load.range_ratio
-    if length < 1:
-        raise ValueError(f"--{which}-len must be at least 1, got {length}")
     if not 0 <= ratio < 1:
         raise ValueError(f"--random-range-ratio must be at least 0 and below 1, got {ratio}")
-    return Uniform(max(round(length * (1 - ratio)), 1), round(length * (1 + ratio)))
+    match = re.fullmatch(r"(\d+)|(uniform|lognormal):(\d+):(\d+)", text)
+    length, name, *pair = match.groups() if match else (None, None)
+    numbers = [int(number) for number in (length, *pair) if number]
+    if not numbers or not all(1 <= number <= MOST_TOKENS for number in numbers):
+        laws = "128, uniform:32:1024 or lognormal:200:700 (mean and 95th percentile)"
+        raise ValueError(f"--{which}-len must be tokens (1 to {MOST_TOKENS}) such as {laws}, got {text!r}")
+    if name is None:
+        return Uniform(max(round(numbers[0] * (1 - ratio)), 1), round(numbers[0] * (1 + ratio)))
+    if ratio:
+        raise ValueError(f"--random-range-ratio goes with lengths such as 128, got --{which}-len {text}")
+    return Uniform(*numbers) if name == "uniform" else Lognormal.of(*numbers)
 
 
-def _range(law: Uniform) -> str:
+def _range(law: Uniform | Lognormal, text: str) -> str:
+    if isinstance(law, Lognormal):
+        return text
     return f"{law.lo}" if law.lo == law.hi else f"{law.lo}-{law.hi}"
 
 

@@ -32,7 +32,11 @@ def run_paper(
         print(line, flush=True)
 
     options: dict[str, Any] = {"seed": seed, "device": device, "models": models, "draws": draws, "budget": budget}
-    run_figures(figures, output, scale, **options, outside=outside, overwrite=overwrite, say=say)
+    try:
+        run_figures(figures, output, scale, **options, outside=outside, overwrite=overwrite, say=say)
+    except KeyboardInterrupt:
+        say(f"interrupted: what was measured is in {output}, and the same command goes on")
+        raise
     say(f"{output}: {time.monotonic() - started:.0f} s; flover bench report {output} makes a page of it")
     return 0
 

@@ -32,7 +32,7 @@ from flover.bench.results import (
     run_json,
     write_json,
 )
-from flover.bench.systems import SystemMissing, check_name, make_system, same_tokens
+from flover.bench.systems import check_name, make_system, same_tokens
 from flover.cli.bench import Load
 from flover.cli.bench_load import Source, make_source
 from flover.config import EngineConfig
@@ -169,8 +169,10 @@ def run_compare(
     for name in names:
         try:
             runs[name] = bench.run(name, jobs)
-        except SystemMissing as error:
+        except ValueError as error:  # absent, or it does not fit: what the others did is kept
             gaps[name] = str(error)
+    if not runs:
+        raise ValueError(next(iter(gaps.values())))
     numbers = {name: [measure(run, goals) for run in each] for name, each in runs.items()}
     found = {name: over_repeats(each) for name, each in numbers.items()}
     same = _same(runs)
@@ -223,6 +225,8 @@ def _print_comparison(
     console.print(table)
     for name, reason in gaps.items():
         print(f"{name}: not measured: {reason}")
+    if not all(each["mean_tpot_ms"].mean for each in found.values()):
+        print("TPOT 0: no gap between tokens, as in a batch that leaves together")
     print("TTFT, TPOT, E2E in ms; x: ratio of tokens a second; ±: half of a 95 % confidence interval over repeats")
 
 

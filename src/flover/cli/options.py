@@ -109,8 +109,8 @@ HELP = {
     "dataset_path": "JSON lines; a trace: arrival, num_prompt or prompt_token_ids, num_output;"
     " custom (bench serve only): prompt, output_tokens",
     "custom_output_len": "output tokens of each custom prompt (default, and -1: its output_tokens, or else 256)",
-    "input_len": "prompt tokens of random requests",
-    "output_len": "output tokens of random requests",
+    "input_len": "prompt tokens of random requests: 128, uniform:LO:HI, or lognormal:MEAN:P95",
+    "output_len": "output tokens of random requests, likewise",
     "range_ratio": "r: random lengths are uniform in len * (1 - r) to len * (1 + r)",
     "request_rate": "requests/s; inf: all at once (default: inf, or as the trace has it)",
     "request_interval": "seconds from one request to the next, instead of a rate",

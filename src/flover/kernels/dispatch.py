@@ -6,6 +6,7 @@ Both are modules with the same functions under the same names, so a layer holds 
 from __future__ import annotations
 
 import logging
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -16,8 +17,9 @@ MAX_HEAD_DIM = 256
 logger = logging.getLogger("flover")
 
 
+@cache
 def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """`triton` on a CUDA GPU for what its kernels cover, else `torch`; says so where that is slower than it need be."""
+    """`triton` on a CUDA GPU for what its kernels cover, else `torch`; says once where that is slower than need be."""
     if device.type != "cuda" or dtype == torch.float64:
         return "torch"
     if find_spec("triton") is None:

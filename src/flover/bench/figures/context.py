@@ -56,6 +56,11 @@ class Figure:
     plot: Data = field(default_factory=dict)
 
 
+def grade(*held: bool) -> str:
+    """The first word of a verdict: all, some or none of what was claimed."""
+    return "Reproduced" if all(held) else "Partly" if any(held) else "No"
+
+
 class Bench:
     """One run of the figures.
 
@@ -82,7 +87,7 @@ class Bench:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.scale, self.seed, self.say = scale, seed, say
-        self.device = detect_hardware(device).device
+        self.device = detect_hardware(EngineConfig(device=device).device).device  # which refuses unknown ones
         self.machine = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
         self.only, self.draws, self.outside = tuple(only), draws or scale.draws, tuple(outside)
         self.budget, self.planning = Budget(budget), False
@@ -91,7 +96,7 @@ class Bench:
         made_by = provenance(self.device)
         made_by["machine"] = self.machine
         self.pieces = Pieces(folder / "pieces", {k: made_by[k] for k in ("date", "commit", "machine")}, overwrite)
-        self._places = places
+        self.folder, self._places = folder, places
         self._sizes: dict[str, Bytes] = {}
         self._singles: dict[str, float] = {}
         self._checked: dict[tuple[str, int, int], str | None] = {}
@@ -214,12 +219,14 @@ class Bench:
         extra: Extra | None = None,
         label: str = "",
         rows: int | None = None,
+        record: bool = False,
     ) -> Data:
         """The digest of each workload on a system, which is loaded once; what there was no time for is not in it.
 
         Args:
             workloads: the most important first. extra: what is kept beside `digests.digest`.
             label: of the piece, instead of the system's name. rows: of the engine; by default the most requests.
+            record: steps name their rows.
 
         Raises:
             MissingError: it cannot run here.
@@ -233,7 +240,8 @@ class Bench:
         todo = [cell for cell, data in found.items() if data is None]
         if todo and (not self.only or model in self.only):
             limit = max(len(job.prompt) + job.num_output for jobs in workloads.values() for job in jobs)
-            config, most = self.config(model, rows, limit), max(workloads.values(), key=len)
+            config = replace(self.config(model, rows, limit), record_timeline=record)
+            most = max(workloads.values(), key=len)
             seconds = {cell: self.scale.runs * self._pace(model).seconds(system, workloads[cell]) for cell in todo}
             if self.planning:
                 self.todo.append(Todo(piece, "loading", self._pace(model).loading(system)))
@@ -277,7 +285,7 @@ class Bench:
         for cell, expected in seconds.items():
             if not self.budget.holds(expected * slower):
                 continue
-            self.say(f"{piece}, {cell}: about {expected * slower:.0f} s")
+            self.say(f"{', '.join(filter(None, (piece, cell)))}: about {expected * slower:.0f} s")
             runs = [server.run(workloads[cell]) for _ in range(self.scale.runs)]
             for run in runs:
                 errors = [record.error for record in run.records if record.error]

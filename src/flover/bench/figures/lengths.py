@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Figure
+from flover.bench.figures.context import OURS, Bench, Figure, grade
 from flover.bench.figures.digests import Data
 from flover.bench.figures.servers import MissingError
 from flover.bench.records import Job, Run
 from flover.bench.workload import Interval, Uniform
 from flover.config import DTYPE_BYTES
+from flover.metrics import Timeline
 from flover.model_config import ModelConfig
 
 MODES = {"off": "fused:off", "move": OURS, "indirect": "fused:indirect", "paged": "fused:paged"}
@@ -128,7 +129,7 @@ def figure_random(bench: Bench) -> Figure:
         " the time of all steps. The host's part mostly passes beside the device's work, so it is an upper bound of"
         " what is lost. All modes close up rows; off plans too, to find its edges.",
         f"Intervals of 20 ms{'' if scale.absolute else ', as a share of the single request'}; outputs"
-        f" uniform({scale.lower}, upper), mean of {scale.repeats} draws.",
+        f" uniform({scale.lower}, upper), mean of {_plural('draw', scale.repeats)}.",
     ]
     return Figure(paper, ours, _random_verdict(rows), rows, tokens, notes, gaps)
 
@@ -228,12 +229,22 @@ def figure_memory(bench: Bench) -> Figure:
     count, rows_at_most, upper = 32, 16, scale.limit
     token_bytes = ModelConfig.from_dict(scale.shapes[model]).kv_elements_per_token * DTYPE_BYTES[scale.dtype]
     slot = (upper + scale.num_prompt) * token_bytes
+
+    def with_timeline(run: Run) -> Data:
+        Timeline(run.steps).to_json(bench.folder / "memory-timeline.json")  # rows over steps, for the report
+        return kv_curve(run)
+
     bench.config(model, rows_at_most, upper + scale.num_prompt)
     reference = bench.reference(model, scale.num_output)
     gap = published.INTERVAL / published.FIG_4A[model].single * reference["single"]
     jobs = draw_jobs(bench, model, count, upper, gap)
     cells = {
-        mode: bench.measure("memory", model, name, {"": jobs}, reference["tokens"], kv_curve, rows=rows_at_most)
+        mode: bench.measure(
+            *("memory", model, name, {"": jobs}, reference["tokens"]),
+            extra=with_timeline if mode == "move" else kv_curve,
+            rows=rows_at_most,
+            record=mode == "move",
+        )
         for mode, name in MODES.items()
     }
     if not all(cells.values()):
@@ -249,8 +260,11 @@ def figure_memory(bench: Bench) -> Figure:
     ours = {
         f"{mode}: mean reserved over keep everything": r["reserved_mean_mb"] * 1e6 / keep for mode, r in by_mode.items()
     }
+    given = {mode: run["curve"][-1][2] < run["reserved_peak"] for mode, run in runs.items() if mode != "off"}
     verdict = (
-        f"Reproduced: finished requests give memory back. Of what a slot for each of {count} requests takes, move holds"
+        f"{grade(*given.values())}: finished requests give memory back with"
+        f" {', '.join(mode for mode in given if given[mode]) or 'no layout'}."
+        f" Of what a slot for each of {count} requests takes, move holds"
         f" {ours['move: mean reserved over keep everything']:.0%} on average, indirect"
         f" {ours['indirect: mean reserved over keep everything']:.0%}, off (every slot of {rows_at_most} rows)"
         f" {ours['off: mean reserved over keep everything']:.0%}, paged blocks"

@@ -37,6 +37,7 @@ class Pieces:
         self._folder, self._made_by, self._overwrite = folder, made_by, overwrite
         self._made: set[tuple[str, str]] = set()  # in this run
         self._read: dict[str, Data] = {}
+        self.commits: set[str | None] = set()  # whose cells were asked for
 
     def _path(self, piece: str) -> Path:
         return self._folder / f"{piece.replace(':', '-').replace('/', '-')}.json"
@@ -55,6 +56,7 @@ class Pieces:
         stored = self._cells(piece).get(cell)
         if stored is None or stored["identity"] != identity or (self._overwrite and (piece, cell) not in self._made):
             return None
+        self.commits.add(stored["made_by"]["commit"])
         return dict(stored["data"])
 
     def keep(self, piece: str, cell: str, identity: Data, data: Data) -> Data:
@@ -65,6 +67,7 @@ class Pieces:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._path(piece), {"piece": piece, "cells": cells}, indent=None)
         self._made.add((piece, cell))
+        self.commits.add(self._made_by["commit"])
         return dict(normal)
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Bench, Figure
+from flover.bench.figures.context import Bench, Figure, grade
 from flover.bench.figures.digests import Data, curves_of
 from flover.bench.figures.headline import cells, measure_cells
 from flover.bench.figures.servers import MissingError
@@ -90,10 +90,10 @@ def _progress_verdict(rows: Sequence[Data]) -> str:
         return "Gap: fused, or what it is compared with, could not run here."
     best, last = min(others, key=lambda row: float(row["end_x"])), max(others, key=lambda row: float(row["end_x"]))
     soonest = min(others, key=lambda row: float(row["half_x"]))
-    word = "Reproduced" if fused["end_x"] <= best["end_x"] and fused["half_x"] <= soonest["half_x"] else "Partly"
+    word = grade(fused["end_x"] <= best["end_x"], fused["half_x"] <= soonest["half_x"])
     return (
         f"{word}: half of the requests are back after {fused['half_x']:.2f} single-request times with fused, after"
-        f" {soonest['half_x']:.2f} with the next best ({soonest['system']}); all after {fused['end_x']:.2f} against"
+        f" {soonest['half_x']:.2f} with the best other ({soonest['system']}); all after {fused['end_x']:.2f} against"
         f" {best['end_x']:.2f} ({best['system']}) to {last['end_x']:.2f} ({last['system']}): a window delays what"
         " arrived first, and its batch returns together."
     )

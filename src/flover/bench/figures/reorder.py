@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Bench, Figure
+from flover.bench.figures.context import Bench, Figure, grade
 from flover.bench.figures.digests import Data
 from flover.bench.figures.pieces import Todo
 from flover.bench.figures.scale import SHAPES
@@ -202,10 +202,11 @@ def _verdict(traces: Sequence[Data], calls: Sequence[Data]) -> str:
     ratios = {plan: over(traces, plan) for plan in ("paper", "swap-last", INDEX_SELECT)}
     worse = {plan: max(r["traces_worse"] for r in traces if r["plan"] == plan) for plan in ("paper", "swap-last")}
     slowest = max(row["us"] for row in calls if row["plan"] == "ours")
-    word = "Reproduced" if fewest and min(ratios["swap-last"]) > 1 else "Partly"
+    word = grade(fewest, min(ratios["swap-last"]) > 1)
     spans = {plan: f"{min(found):.2f} to {max(found):.2f}" for plan, found in ratios.items()}
     return (
-        f"{word}: call by call no plan moves fewer tokens than ours. Over whole traces the paper's window moves"
+        f"{word}: call by call {'no' if fewest else 'a'} plan moves fewer tokens than ours."
+        " Over whole traces the paper's window moves"
         f" {spans['paper']} times the tokens of ours, swap-last {spans['swap-last']} times, index-select"
         f" {spans[INDEX_SELECT]} times, on average; single traces in which ours moved more: up to {worse['paper']:.0%}"
         f" against the paper's window, {worse['swap-last']:.0%} against swap-last. Planning"
