@@ -1,11 +1,15 @@
-"""The product of few rows, split and not, against float64; and the one whose rows do not depend on each other."""
+"""Products of few rows, split and not, of gate and up, and those whose rows do not depend on each other, in float64."""
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from triton_device import DEVICE, DTYPES
 
 from flover.kernels.reference import gated
-from flover.kernels.triton.linear import Tiling, _launch, _launch_one, linear, tiling
+from flover.kernels.triton import wide
+from flover.kernels.triton.linear import Tiling, _launch, _launch_one, gated_linear, linear, tiling
 
 
 def reference(x, weight, bias):
@@ -53,6 +57,60 @@ def test_gate_and_up_in_one_launch(dtype):
             assert (got - want).norm() / want.norm() < {torch.float32: 1e-5}.get(dtype, 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str)
+@pytest.mark.parametrize(("rows", "features"), [(65, 112), (128, 64), (33, 80), (64, 144)])
+def test_gate_and_up_in_tiles_that_are_no_power_of_two(rows, features, dtype):
+    """Rows and features end within a tile, and rows of x lie apart."""
+    x = torch.randn(rows, 200, device=DEVICE).to(dtype)[:, :192]
+    weight = torch.randn(2 * 216, 192, device=DEVICE).to(dtype)
+    for name in ("silu", "gelu"):
+        got = wide.gated_wide(x, weight, name, wide.Cut(features, 3))
+        want = gated(reference(x, weight, None).to(dtype), name)
+        assert (got.double() - want.double()).norm() / want.double().norm() < 1e-3
+
+
+@pytest.mark.parametrize("num_sms", [114, 132])
+def test_all_programs_of_gate_and_up_run_at_once(num_sms):
+    shared = 233472
+    for width in range(6400, 24000, 96):
+        for rows in (64, 65):
+            if (cut := wide.cut(rows, width, num_sms, shared)) is not None:
+                assert 0.8 * num_sms <= -(-width // cut.features) <= num_sms
+                assert sum(p for p in (128, 64, 32, 16) if cut.features & p) == cut.features
+                assert cut.features.bit_count() <= 3
+                assert cut.num_stages * 128 * ((64 if rows == 64 else 128) + 2 * cut.features) < shared - 1024
+    assert wide.cut(96, 14336, 132, shared) == (112, 4)
+    assert wide.cut(96, 17920, 132, shared) == (144, 4)
+    assert wide.cut(96, 28672, 132, shared) is None  # too many features for one program
+    assert wide.cut(96, 6400, 132, shared) is None  # 64 features a program, and a quarter would idle
+    assert wide.cut(96, 14336, 132, 101376) is None
+
+
+def test_which_gate_and_up_are_one_launch(monkeypatch):
+    """What TMA cannot address, and who asks for more, takes two."""
+    module = sys.modules[gated_linear.__module__]
+    gpu = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=233472)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(wide, "launch_options", lambda device: {"PDL": True})
+    monkeypatch.setattr(module, "gated_wide", lambda *_: "one")
+    monkeypatch.setattr(module, "linear", lambda *_, **__: None)
+    monkeypatch.setattr(module, "gated", lambda *_: "two")
+
+    def launches(x, k=4096, bias=None, **invariant):
+        return gated_linear(x, torch.empty(28672, k, dtype=x.dtype, device="meta"), bias, "silu", **invariant)
+
+    def tokens(rows, k=4096, dtype=torch.bfloat16, apart=0, off=0):
+        return torch.empty(rows * (k + apart) + off, dtype=dtype)[off:].view(rows, -1)[:, :k]
+
+    for rows in (65, 96, 128):
+        assert launches(tokens(rows)) == launches(tokens(rows, apart=8)) == launches(tokens(rows, off=8)) == "one"
+    assert launches(tokens(96, apart=4)) == launches(tokens(96, off=4)) == launches(tokens(129)) == "two"
+    assert launches(tokens(96, dtype=torch.float32)) == launches(tokens(96, 4160), 4160) == "two"
+    assert launches(tokens(96), bias=tokens(1)) == launches(tokens(96), batch_invariant=True) == "two"
+    monkeypatch.setattr(wide, "launch_options", lambda device: {"PDL": False})
+    assert launches(tokens(96)) == "two"
+
+
 def test_every_tiling_divides_its_shape():
     """A product is cut in whole tiles, or left to cuBLAS."""
     for rows in (1, 8, 9, 16, 17, 32, 33, 64, 128):
@@ -75,3 +133,15 @@ def test_true_shapes(rows):
         x, weight = (torch.randn(*s, device=DEVICE, dtype=torch.bfloat16) for s in ((rows, k), (n, k)))
         want = reference(x, weight, None)
         assert (linear(x, weight, None).double() - want).norm() / want.norm() < 4e-3
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda" or len(DTYPES) < 3, reason="needs a GPU")
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (27648, 5120), (22016, 4096), (35840, 6656)])
+def test_true_shapes_of_gate_and_up(n, k):
+    weight = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16)
+    for rows in (65, 96, 128):
+        x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert wide.cut_for(x, weight) is not None
+        got, want = gated_linear(x, weight, None, "silu"), gated(reference(x, weight, None).bfloat16(), "silu")
+        assert (got.double() - want.double()).norm() / want.double().norm() < 6e-3

@@ -37,6 +37,7 @@ jit.JITFunction.run = run
 from flover.kernels.triton import attention, draw, rotary_tables
 from flover.kernels.triton.attention import DeviceMetadata
 from flover.kernels.triton.inputs import edit_tables, token_inputs
+from flover.kernels.triton.wide import Cut, gated_wide
 
 staging = torch.zeros(4096, dtype=torch.int32)
 assert staging.data_ptr() % 16 == 0
@@ -67,6 +68,9 @@ for offset in range(5):
         for extra in ({}, filters):
             draw(torch.zeros(n, 100), temperature=wide[0], random=wide[1], seeds=fields[2], choices=fields[3],
                  positions=fields[7], **extra)
+gate_up = torch.zeros(2 * 256, 128, dtype=torch.float16)
+for n in (65, 66, 80, 127, 128):
+    gated_wide(torch.zeros(n, 128 + 8 * n, dtype=torch.float16)[:, 8 : 8 + 128], gate_up, "silu", Cut(112, 4))
 print(json.dumps({name: sorted(found) for name, found in keys.items()}))
 """
 
@@ -78,7 +82,17 @@ def test_every_kernel_has_one_variant():
         pytest.skip(f"another version of Triton: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     keys = json.loads(done.stdout)
-    assert {"decode", "prefill", "_token_inputs", "_edit_tables", "_rotary_store", "_tables", "_select"} <= set(keys)
+    kernels = {
+        "decode",
+        "prefill",
+        "_token_inputs",
+        "_edit_tables",
+        "_rotary_store",
+        "_tables",
+        "_select",
+        "_gated_linear",
+    }
+    assert kernels <= set(keys)
     assert {name: len(found) for name, found in keys.items()} == dict.fromkeys(keys, 1), keys
 
 

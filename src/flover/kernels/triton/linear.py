@@ -1,7 +1,7 @@
 """Linear layers: cuBLAS, except where it leaves bandwidth unused or a row's bits must not depend on other rows.
 
-At few rows a product is a stream of its weight; product.py holds the kernels for that. The choice was measured
-(docs/performance.md): cuBLAS streams wide weights as fast, narrow ones not.
+At few rows a product is a stream of its weight; product.py holds the kernels for that, wide.py the one for gate and up
+of some more. The choice was measured (docs/performance.md): cuBLAS streams wide weights as fast, narrow ones not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flover.kernels.triton.fused import gated
 from flover.kernels.triton.product import Tiling, _launch, _launch_one
+from flover.kernels.triton.wide import ROWS, cut_for, gated_wide
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
 HALF = (torch.float16, torch.bfloat16)  # fp32 products are bound by arithmetic
@@ -80,6 +81,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: b
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
     """act(x @ gate.T) * (x @ up.T), weight = gate over up; few rows in one launch."""
+    if x.shape[0] in ROWS and bias is None and not batch_invariant and (cut := cut_for(x, weight)):
+        return gated_wide(x, weight, name, cut)
     chosen = None if batch_invariant else _tiling_for(x, weight)
     if x.shape[0] == 1 and chosen is not None:
         return _launch_one(x, weight, bias, name)
