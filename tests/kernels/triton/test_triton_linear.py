@@ -82,7 +82,7 @@ def test_all_programs_of_gate_and_up_run_at_once(num_sms):
     assert wide.cut(96, 14336, 132, shared) == (112, 4)
     assert wide.cut(96, 17920, 132, shared) == (144, 4)
     assert wide.cut(96, 28672, 132, shared) is None  # too many features for one program
-    assert wide.cut(96, 6400, 132, shared) is None  # 64 features a program, and a quarter would idle
+    assert wide.cut(96, 11008, 148, shared) is None  # 80 features a program
     assert wide.cut(96, 14336, 132, 101376) is None
 
 
@@ -102,7 +102,7 @@ def test_which_gate_and_up_are_one_launch(monkeypatch):
     def tokens(rows, k=4096, dtype=torch.bfloat16, apart=0, off=0):
         return torch.empty(rows * (k + apart) + off, dtype=dtype)[off:].view(rows, -1)[:, :k]
 
-    for rows in (65, 96, 128):
+    for rows in (33, 96, 128):
         assert launches(tokens(rows)) == launches(tokens(rows, apart=8)) == launches(tokens(rows, off=8)) == "one"
     assert launches(tokens(96, apart=4)) == launches(tokens(96, off=4)) == launches(tokens(129)) == "two"
     assert launches(tokens(96, dtype=torch.float32)) == launches(tokens(96, 4160), 4160) == "two"
@@ -139,7 +139,7 @@ def test_true_shapes(rows):
 @pytest.mark.parametrize(("n", "k"), [(28672, 4096), (27648, 5120), (22016, 4096), (35840, 6656)])
 def test_true_shapes_of_gate_and_up(n, k):
     weight = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16)
-    for rows in (65, 96, 128):
+    for rows in (33, 64, 65, 96, 128):
         x = torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16)
         if torch.cuda.get_device_capability() == (9, 0):
             assert wide.cut_for(x, weight) is not None

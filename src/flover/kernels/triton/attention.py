@@ -93,14 +93,14 @@ def decode_options(block_d: int, wide: bool, fp8: bool, programs: int, contiguou
     """Keys that a decode program reads at a time, and how. Many programs: small ones, more of which fit side by side.
 
     block_d: head size, padded. wide: fp32 queries. fp8: the cache is. programs: of the launch.
-    contiguous: a slab, where all stages hold keys; with blocks one of them looks up the table. So either way two tiles
-    of keys lie in shared memory, and as many programs fit.
+    contiguous: a slab, where every stage holds keys; with blocks one looks up the table. So large programs have one
+    less, and as many of them fit.
     """
-    stages = 2 if wide or contiguous else 3
     if fp8 and not wide and block_d <= 128:
-        return {"BLOCK_N": 64, "num_warps": 2 if programs >= PROGRAMS else 4, "num_stages": stages}
+        return {"BLOCK_N": 64, "num_warps": 2 if programs >= PROGRAMS else 4, "num_stages": 3}
     if not wide and block_d <= 128 and programs >= PROGRAMS:
-        return {"BLOCK_N": 32, "num_warps": 1, "num_stages": stages}
+        return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
+    stages = 2 if wide or contiguous else 3
     return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": stages}
 
 

@@ -1,11 +1,11 @@
-"""Gate and up of 65 to 128 rows with the activation, in one launch that every multiprocessor has one program of.
+"""Gate and up of 33 to 128 rows with the activation, in one launch that every multiprocessor has one program of.
 
 One program multiplies all of x with as many features as bring the number of programs just under that of
 multiprocessors. That is no power of two, so up to three tiles of such share a step (112 = 64 + 32 + 16), each with an
 accumulator. The weight is seen as `[2, features, in]`, so one tile of TMA holds the gate and the up of its features,
 and they end in one program. What lies outside is zero: the weight need not be whole tiles, nor x. cuBLAS cuts this
 product in tiles of 128 and leaves multiprocessors idle, and the activation is then a launch of its own: on an H200 it
-takes 70.8 us for Llama-3-8B at 128 rows, this 65 (docs/performance.md).
+takes 69.9 us for Llama-3-8B at 128 rows, this 63.0 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options, prefetch
 from flover.kernels.triton.fused import _activate
 
-ROWS = range(65, 129)
-FEATURES = range(64, 177)  # fewer: x is more bytes than the weight; more: accumulators leave the registers
+ROWS = range(33, 129)  # fewer: product.py has as narrow a tile of tokens as they are
+FEATURES = range(96, 177)  # fewer: x is most of what is read; more: accumulators leave the registers
 BLOCK_K = 64  # 128 bytes, the widest row that TMA swizzles
 
 
