@@ -183,7 +183,9 @@ def figure_tp(bench: Bench) -> Figure:
     moved = [row for row in rows if row["mode"] == "move"]
     if not moved:
         raise MissingError(gaps[0]["why"] if gaps else "off and move are not measured on the same requests")
-    ours: Data = {f"{_plural('rank', r['ranks'])}, {r['requests']} requests: gain": r["gain"] for r in moved}
+    ours: Data = {
+        f"{_plural('rank', r['ranks'])}, length {upper} by requests {r['requests']}: gain": r["gain"] for r in moved
+    }
     notes = ["The paper does not name the model; LLaMA 13B is used. Its two-rank runs had outputs up to 1000 tokens."]
     if bench.device == "cpu":
         notes.append("Ranks are processes that share the cores of one machine and talk through gloo.")
