@@ -79,12 +79,13 @@ def test_throughput(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypat
 
 
 def test_compare(capfd: pytest.CaptureFixture[str]) -> None:
-    args = ["--policy", "serial,fused,dynamic", "--random-range-ratio", "0.5", "--request-rate", "200"]
+    args = ["--policy", "serial,fused,dynamic:9ms:2,3", "--random-range-ratio", "0.5", "--request-rate", "200"]
     assert main(["bench", "compare", *LOAD, *SMALL, *args]) == 0
     out = capfd.readouterr().out
     assert "random, 4-12 prompt and 3-9 output tokens, 5 requests, 200 a second (Poisson), seed 0" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
     assert rows["serial"][-1] == "1.00"
+    assert "dynamic:9ms:2,3" in rows
     assert rows["fused"][-1] == "100.0%", "float64: the same tokens"
     assert "TPOT 0: no gap between tokens, as in a batch that leaves together" in out
 
@@ -210,6 +211,8 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["throughput", "--policy", "fusd"], "unknown system 'fusd'; did you mean 'fused'?; known: serial"),
         (["compare", "--policy", "serial,nope"], "unknown system 'nope'"),
+        (["compare", "--policy", "serial,dynamic:50ms:4,x"], "unknown system 'x'"),
+        (["throughput", "--policy", "dynamic:50ms:x"], "'dynamic:50ms:x' needs a delay over 0 and sizes"),
         (["compare", "--policy", ","], "--policy names nothing to compare"),
         (["throughput", "--dataset-name", "sharegtp"], "did you mean 'sharegpt'?"),
         (["throughput", "--dataset-name", "trace"], "needs --dataset-path"),

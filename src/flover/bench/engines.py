@@ -221,10 +221,9 @@ class DynamicSystem(EngineSystem):
     No prompt is padded to its batch's longest, which is kinder than FasterTransformer without ragged input.
 
     Args:
-        delay: seconds, `BatchQueue`.
+        delay, preferred, max_batch: `BatchQueue`; max_batch is max_num_seqs unless given.
         stream: False: a request's tokens are all there when its batch ends, as behind Triton without decoupled mode;
             True: each when it is made.
-        preferred, max_batch: `BatchQueue`; max_batch is max_num_seqs unless given.
     """
 
     def __init__(
@@ -232,12 +231,12 @@ class DynamicSystem(EngineSystem):
         name: str,
         config: EngineConfig,
         delay: float,
-        stream: bool = False,
         preferred: Sequence[int] = (),
+        stream: bool = False,
         max_batch: int | None = None,
     ) -> None:
         self.max_batch = max_batch or config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-        self.delay, self.preferred, self.stream = delay, tuple(preferred), stream
+        self.delay, self.preferred, self.stream = delay, preferred, stream
         self._queue()  # refuses bad sizes before a model is loaded
         super().__init__(name, replace(config, policy="static", max_num_seqs=self.max_batch))
 

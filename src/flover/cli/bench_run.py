@@ -32,7 +32,7 @@ from flover.bench.results import (
     run_json,
     write_json,
 )
-from flover.bench.systems import check_name, make_system, same_tokens
+from flover.bench.systems import check_name, make_system, same_tokens, split_names
 from flover.cli.bench import Load
 from flover.cli.bench_load import Source, make_source
 from flover.config import EngineConfig
@@ -155,7 +155,7 @@ def run_compare(
     policies: str, load: Load, repeats: int, goodput: Sequence[str], output: Path | None, options: Mapping[str, Any]
 ) -> int:
     """The first policy is what ratios are of; -> 1 if a request failed."""
-    names = list(dict.fromkeys(name.strip() for name in policies.split(",") if name.strip()))
+    names = split_names(policies)
     if not names:
         raise ValueError(f"--policy names nothing to compare, got {policies!r}")
     for name in names:
