@@ -17,16 +17,17 @@ import torch
 from flover.bench import paper, results
 from flover.bench.figures import context, progress, reorder, servers
 from flover.bench.figures.context import Bench
-from flover.bench.figures.digests import agree, seconds_by_rows, total
+from flover.bench.figures.digests import agree, seconds_by_rows, step_spans, total
 from flover.bench.figures.pieces import Pieces
 from flover.bench.figures.reorder import INDEX_SELECT
 from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
 from flover.bench.plans import PLANS
-from flover.bench.records import Job
+from flover.bench.records import Job, Run
 from flover.bench.report import report
 from flover.cli import main
 from flover.config import DTYPE_BYTES
+from flover.metrics import StepStats
 from flover.model_config import ModelConfig
 
 MICRO = replace(
@@ -341,6 +342,25 @@ def test_memory_may_fail(tmp_path: Path, folder: Path, monkeypatch: pytest.Monke
     assert stored(tmp_path, "memory")["verdict"].startswith("Partly: finished requests give memory back with move. Of")
 
 
+def test_cells_that_stood_still_are_named(tmp_path: Path, folder: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "8.json").unlink()
+    path = tmp_path / "pieces" / "poisson-gptj-6b-fused.json"
+    piece = json.loads(path.read_text())
+    cells = [cell["data"] for cell in piece["cells"].values()]
+    assert all(0 < median <= longest for median, longest in (data["step_spans"] for data in cells))
+    for data, spans in zip(cells, ([0.002, 1.3], [0.2, 0.9], [0.002, 0.09], None)):  # one; the others are slow or old
+        data["step_spans"] = spans
+    del cells[3]["step_spans"]
+    path.write_text(json.dumps(piece))
+    paper.run_figures(["8"], tmp_path, "micro", device="cpu", say=lambda _: None)
+    note = stored(tmp_path, "8")["notes"][-1]
+    first, *others = [f"poisson-gptj-6b-fused, {cell}" for cell in piece["cells"]]
+    assert note.startswith("A step stood still, as on a machine that others disturb; do not trust these cells: ")
+    assert f"{first} (1.30 s, median 2 ms)" in note
+    assert not any(cell in note for cell in others[:3])
+
+
 # ---- theory ----------------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +423,12 @@ def test_agreement_with_serial() -> None:
         "first_parting": 1,
         "logit_gap": 0.5,
     }
+
+
+def test_the_longest_step_of_a_run_is_kept() -> None:
+    steps = [StepStats(i, i * 0.01, i * 0.01 + 0.02, num_decode_tokens=1) for i in range(5)]
+    steps.append(StepStats(5, 9.0, 9.4, num_decode_tokens=1))  # what was waited for before it is no step
+    assert step_spans(Run("x", [], steps)) == pytest.approx([0.02, 0.4])
 
 
 def test_step_times_become_a_line() -> None:

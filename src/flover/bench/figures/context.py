@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flover.bench.figures.digests import Data, Extra, Tokens, digest
+from flover.bench.figures.digests import Data, Extra, Tokens, digest, standstill
 from flover.bench.figures.pieces import Budget, Pace, Pieces, Todo, mark
 from flover.bench.figures.scale import Bytes, Scale
 from flover.bench.figures.servers import MissingError, Servers, logit_gap
@@ -93,6 +93,7 @@ class Bench:
         self.budget, self.planning = Budget(budget), False
         self.todo: list[Todo] = []  # of a planning pass, which runs nothing
         self.unmeasured: list[Data] = []
+        self.stood_still: dict[str, tuple[float, float]] = {}  # cells that were used, `digests.standstill`
         made_by = provenance(self.device)
         made_by["machine"] = self.machine
         self.pieces = Pieces(folder / "pieces", {k: made_by[k] for k in ("date", "commit", "machine")}, overwrite)
@@ -255,7 +256,10 @@ class Bench:
         missing = [cell for cell, data in found.items() if data is None]
         if missing:
             self.unmeasured.append({"what": f"{piece}: {'; '.join(missing)}", "why": self._why(model)})
-        return {cell: data for cell, data in found.items() if data is not None}
+        made = {cell: data for cell, data in found.items() if data is not None}
+        still = {f"{piece}, {cell}": standstill(data) for cell, data in made.items()}
+        self.stood_still |= {cell: spans for cell, spans in still.items() if spans}
+        return made
 
     def _why(self, model: str) -> str:
         if self.only and model not in self.only:
