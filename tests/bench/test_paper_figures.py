@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flover.bench import paper, results
+from flover.bench import keep, paper
 from flover.bench.figures import context, progress, reorder, servers
 from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import agree, seconds_by_rows, step_spans, total
@@ -204,7 +204,7 @@ def test_a_budget_leaves_cells_for_the_next_run(
     for path in (tmp_path / "pieces").glob("*.json"):
         path.write_text(re.sub('"commit": [^,]*', '"commit": "0ld"', path.read_text()))
     monkeypatch.setattr(sys, "argv", ["flover", "bench", "paper", "--budget", "9", "--output", "x"])
-    monkeypatch.setattr(results, "_commit", lambda: "new")
+    monkeypatch.setattr(keep, "_commit", lambda: "new")
     paper.run_figures(["4a", "8"], tmp_path, "micro", **options)
     data = stored(tmp_path, "4a")
     assert data["environment"]["commit"] == "0ld, new", "of all cells"
@@ -296,6 +296,7 @@ def test_without_matplotlib_there_is_json(tmp_path: Path, monkeypatch: pytest.Mo
         (["--outside", "vllm"], "--outside 'vllm' is not an outside system: transformers"),
         (["--outside", "transformers:fast"], "unknown system 'transformers:fast'"),
         (["--outside", "fused"], "--outside 'fused' is not an outside system"),
+        (["--output", "/proc"], "--output: /proc/headline.md cannot be written: "),
         (["--model", "gpt5"], "unknown model 'gpt5'; known: gptj-6b"),
     ],
 )

@@ -24,7 +24,7 @@ from flover.bench.figures.context import Bench, Figure
 from flover.bench.figures.digests import Data, total
 from flover.bench.figures.scale import SCALES
 from flover.bench.figures.servers import MissingError
-from flover.bench.results import provenance, write_json, write_text
+from flover.bench.keep import check_output, provenance, write_json, write_text
 from flover.bench.systems import OUTSIDE, check_name
 from flover.show import nearest
 
@@ -110,6 +110,7 @@ def run_figures(
         settings = device, models, overwrite, draws, budget, outside
         bench = Bench(SCALES[scale], seed, output, Path(place), *settings, say=lambda line: say(f"  {line}"))
         output.mkdir(parents=True, exist_ok=True)
+        check_output(output / "headline.md", "--output")
         stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
         _estimate([name for name, data in stored.items() if data is None], bench, say)
         try:

@@ -17,20 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flover.bench.keep import check_output, provenance, write_json
 from flover.bench.records import Job, Run
 from flover.bench.results import (
     Estimate,
     Numbers,
     block,
-    check_output,
     estimates_json,
     measure,
     over_repeats,
     parse_goals,
     percentile,
-    provenance,
     run_json,
-    write_json,
 )
 from flover.bench.systems import check_name, make_system, same_tokens, split_names
 from flover.cli.bench import Load
@@ -54,7 +52,7 @@ class Bench:
     """A workload for this model and machine, and what a benchmark of it is kept with."""
 
     def __init__(self, load: Load, output: Path | None, options: Mapping[str, Any], **settings: Any) -> None:
-        check_output(output)
+        check_output(output, "--output-json")
         if load.dataset_name == "custom":
             raise ValueError("--dataset-name custom is for bench serve: here a trace of prompt_token_ids works")
         self.config = EngineConfig(**options)

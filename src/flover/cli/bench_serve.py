@@ -23,17 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flover.bench.keep import check_output, provenance, write_json
 from flover.bench.records import Job, Record, Run
 from flover.bench.results import (
     LATENCIES,
     block,
-    check_output,
     measure,
     over_repeats,
     parse_goals,
-    provenance,
     run_json,
-    write_json,
 )
 from flover.cli.bench import Load
 from flover.cli.bench_load import Source, make_source
@@ -106,7 +104,7 @@ def run_serve_bench(bench: ServeBench, load: Load, path: Path | None) -> int:
     from flover.bench.client import drive
 
     goals, metrics, percentiles = parse_goals(bench.goodput), bench.metrics(), bench.percentiles()
-    check_output(None if path is None or path.is_dir() else path)
+    check_output(path / "a.json" if path is not None and path.is_dir() else path, "--save-result")
     endpoint, limit = _endpoint(bench)
     tokenizer = _tokenizer(bench.tokenizer)
     source = make_source(load, VOCAB_SIZE, limit)

@@ -22,8 +22,8 @@ from flover.bench.figures.digests import Data, Extra, Tokens, digest, standstill
 from flover.bench.figures.pieces import Budget, Pace, Pieces, Todo, mark
 from flover.bench.figures.scale import Bytes, Scale
 from flover.bench.figures.servers import MissingError, Servers, logit_gap
+from flover.bench.keep import provenance
 from flover.bench.records import Job, Run, System
-from flover.bench.results import provenance
 from flover.bench.workload import Interval, fixed, make_jobs
 from flover.config import DTYPE_BYTES, EngineConfig
 from flover.engine.engine import detect_hardware, survey

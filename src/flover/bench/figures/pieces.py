@@ -16,8 +16,8 @@ from typing import NamedTuple
 from flover.bench.figures.digests import Data
 from flover.bench.figures.scale import Bytes
 from flover.bench.figures.theory import queue_ends, simulate
+from flover.bench.keep import write_json
 from flover.bench.records import Job
-from flover.bench.results import write_json
 from flover.bench.systems import parse_dynamic
 
 GUESS = {"cuda": (3e12, 0.0, 15.0), "cpu": (5e9, 2e-3, 0.5)}  # bytes/s, seconds of an empty step, of loading a model
