@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flover.bench.records import Job, Record, Run
+from flover.bench.records import Job, Record, Run, Watch
 from flover.bench.systems import SystemMissing
 from flover.cli import bench_run, bench_startup, main
 
@@ -25,17 +25,15 @@ class Fake:
     def __init__(self, name: str, log: list[Any], interrupt: bool = False, error: str | None = None) -> None:
         self.name, self._log, self._interrupt, self._error = name, log, interrupt, error
 
-    def run(self, jobs: Sequence[Job], progress: Callable[[int], None] | None = None) -> Run:
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
         self._log.append((self.name, list(jobs)))
-        if self._interrupt and progress is not None:
+        if self._interrupt and watch is not None:
             raise KeyboardInterrupt
         records = []
         for i, job in enumerate(jobs):
             tokens = [7 if self.name == "fused" and i == 0 else 8] * job.num_output
             times = [job.arrival + 0.01 * (k + 1) for k in range(job.num_output)]
             records.append(Record(job.arrival, len(job.prompt), times, tokens, self._error if i == 1 else None))
-            if progress is not None:
-                progress(i + 1)
         return Run(self.name, records)
 
     def close(self) -> None:
@@ -142,6 +140,22 @@ def test_interrupted(log: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert main(["bench", "throughput", *LOAD, *SMALL, "--output-json", str(tmp_path / "r.json")]) == 130
     assert log[-1] == ("fused", "closed")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bar_counts_tokens_and_requests(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job(0.0, (1,), 40) for _ in range(3)]
+    records = [Record(0.0, 1) for _ in jobs]
+    with bench_run.bar("fused", jobs) as watch:
+        watch(records)
+    assert capfd.readouterr().err == "", "no terminal"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with bench_run.bar("fused", jobs) as watch:
+        watch(records)
+        for record in records:
+            record.times += [0.0] * 7
+    assert "0/3 requests, 21/120 tokens" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capfd.readouterr().err)
+    records[0].error, records[1].ended = "out of luck", 1.0
+    assert bench_run.tally(jobs, records) == (2, 87)
 
 
 def test_failed_requests(log: list[Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,13 +66,14 @@ def serial(echo: EngineConfig) -> Run:
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_system_serves_every_job_as_serial_does(echo: EngineConfig, serial: Run, name: str) -> None:
-    jobs, told = workload(), []
+    jobs = workload()
+    watched: list[tuple[Any, list[int]]] = []
     system = make_system(name, echo)
-    for _ in range(2):  # a second run finds nothing of the first
-        told.clear()
-        result = system.run(jobs, told.append)
+    for i in range(2):  # a second run finds nothing of the first
+        result = system.run(jobs, lambda records: watched.append((records, [len(r.times) for r in records])))
         assert same_tokens(result, serial) == (1.0, None)
-        assert told == list(range(1, len(jobs) + 1))
+        assert watched[i][0] is result.records, "which fill as they are watched"
+        assert watched[i][1] == [0] * len(jobs)
     system.close()
     assert result.system == system.name == name
     for job, record in zip(jobs, result.records):
@@ -276,13 +277,24 @@ def test_a_job_that_is_too_long_is_refused_before_anything_runs(echo: EngineConf
 
 
 @pytest.mark.parametrize("name", ["serial", "fused", "dynamic", "concurrent:2"])
-def test_an_interrupted_system_can_run_again(echo: EngineConfig, serial: Run, name: str) -> None:
-    def interrupt(finished: int) -> None:
+def test_an_interrupted_system_can_run_again(
+    echo: EngineConfig, serial: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_the_first(system: Any, session: instances.Session) -> None:
+        for i in range(len(session.jobs)):
+            session.waiting.put(i)
+        session.done.get()
+        raise KeyboardInterrupt
+
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     system = make_system(name, echo)
-    with pytest.raises(KeyboardInterrupt):
-        system.run([Job(0.0, (1,), 1), *(Job(0.0, (i,), 80) for i in range(8))], interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(instances.InstancesSystem, "_feed", after_the_first)
+        patch.setattr(engines, "take_finished", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            system.run([Job(0.0, (1,), 1), *(Job(0.0, (i,), 80) for i in range(8))])
     again = system.run(workload())
     assert same_tokens(again, serial) == (1.0, None)
     assert all(len(record.times) == len(record.token_ids) for record in again.records)

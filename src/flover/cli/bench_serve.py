@@ -115,8 +115,8 @@ def run_serve_bench(bench: ServeBench, load: Load, path: Path | None) -> int:
     print(f"workload: {source.text}, seed {bench.seed}\nserver: {endpoint.url}, model {endpoint.model}", flush=True)
     _raise_file_limit()
     _warm_up(bench, endpoint, tokenizer, source)
-    with bar("requests", len(jobs)) as advance:
-        run = Run(endpoint.kind, drive(endpoint, jobs, prompts, bench.max_concurrency, advance))
+    with bar("requests", jobs) as watch:
+        run = Run(endpoint.kind, drive(endpoint, jobs, prompts, bench.max_concurrency, watch))
     numbers = measure(run, goals, percentiles)
     settings = {"max_concurrency": bench.max_concurrency, "request_rate": load.request_rate}
     known = {name: float(value) for name, value in settings.items() if value is not None and math.isfinite(value)}
