@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from flover.bench.figures import arrivals, headline, lengths, progress, reorder
-from flover.bench.figures.context import Bench, Figure
+from flover.bench.figures import arrivals, headline, lengths, memory, progress, reorder
+from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import Data, total
+from flover.bench.figures.figure import Figure
 from flover.bench.figures.scale import SCALES
 from flover.bench.figures.servers import MissingError
 from flover.bench.keep import check_output, provenance, write_json, write_text
@@ -53,7 +54,7 @@ FIGURES: dict[str, Entry] = {
     "fixed": Entry("Few arrivals of several sequences each", arrivals.figure_fixed, "pictures:draw_fixed"),
     "random": Entry("Random output lengths: what reordering gains", lengths.figure_random, "pictures_kv:draw_random"),
     "reorder": Entry("Reorder plans: moves, bytes, milliseconds", reorder.figure_reorder, "pictures_kv:draw_reorder"),
-    "memory": Entry("KV memory over time: live, reserved, released", lengths.figure_memory, "pictures_kv:draw_memory"),
+    "memory": Entry("KV memory over time: live, reserved, released", memory.figure_memory, "pictures_kv:draw_memory"),
     "tp": Entry("Random lengths under tensor parallelism", lengths.figure_tp, "pictures_kv:draw_tp"),
 }
 

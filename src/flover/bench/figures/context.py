@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,6 @@ from flover.resolve import resolve
 
 OURS = "fused:move"  # the system that stands for Flover: the paper's buffer reordering
 STEP_TOKENS = 512  # budget of a step: 32 prompts of 8 tokens and their decode, at once
-
-
-@dataclass(slots=True)
-class Figure:
-    """What a figure function gives. `paper` and `ours` have the same keys where they can be compared.
-
-    Args:
-        verdict: begins with "Reproduced", "Partly" or "No", or with "Gap" if nothing could run.
-        rows: of the figure's table, flat.
-        tokens: rows of `agree`, one a run; none where no token is generated.
-        plot: what the picture needs beside the rows.
-    """
-
-    paper: Data
-    ours: Data
-    verdict: str
-    rows: list[Data]
-    tokens: list[Data] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    gaps: list[Data] = field(default_factory=list)
-    plot: Data = field(default_factory=dict)
-
-
-def grade(*held: bool) -> str:
-    """The first word of a verdict: all, some or none of what was claimed."""
-    return "Reproduced" if all(held) else "Partly" if any(held) else "No"
 
 
 class Bench:
@@ -257,7 +231,7 @@ class Bench:
         if missing:
             self.unmeasured.append({"what": f"{piece}: {'; '.join(missing)}", "why": self._why(model)})
         made = {cell: data for cell, data in found.items() if data is not None}
-        still = {f"{piece}, {cell}": standstill(data) for cell, data in made.items()}
+        still = {", ".join(filter(None, (piece, cell))): standstill(data) for cell, data in made.items()}
         self.stood_still |= {cell: spans for cell, spans in still.items() if spans}
         return made
 

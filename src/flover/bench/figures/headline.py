@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Figure
+from flover.bench.figures.context import OURS, Bench
 from flover.bench.figures.digests import Data, curves_of
+from flover.bench.figures.figure import Figure
 from flover.bench.figures.scale import Gap
 from flover.bench.figures.servers import MissingError
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
