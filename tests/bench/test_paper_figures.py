@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flover.bench import keep, paper
-from flover.bench.figures import context, progress, reorder, servers
+from flover.bench.figures import context, headline, lengths, progress, reorder, servers
 from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import agree, seconds_by_rows, step_spans, total
 from flover.bench.figures.pieces import Pieces
@@ -312,6 +312,44 @@ def test_mistakes_are_one_line(
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("concurrent", "fused", "said"),
+    [
+        (80.0, 6.85, "Reproduced: at 32 requests gptj-6b 8.4x over serial, the better baseline (99% of the 8.5x that"),
+        (
+            44.7,
+            6.85,
+            "Partly: at 32 requests gptj-6b 8.4x over serial (99% of the 8.5x that arrivals allow), 6.5x over",
+        ),
+        (44.7, 9.0, "No: at 32 requests gptj-6b 6.4x over serial (75% of the 8.5x that arrivals allow), 5.0x over"),
+        (
+            None,
+            6.85,
+            "Partly: at 32 requests gptj-6b 8.4x over serial (99% of the 8.5x that arrivals allow), concurrent",
+        ),
+    ],
+)
+def test_the_word_of_4a_follows_its_rule(concurrent: float | None, fused: float, said: str) -> None:
+    row: dict[str, Any] = {"model": "gptj-6b", "requests": 32, "serial_s": 57.6, "fused_s": fused}
+    row |= {"concurrent_s": concurrent, "x_over_concurrent": concurrent and concurrent / fused, "bound_arrivals": 8.51}
+    verdict = headline._verdict_4a([row])
+    assert verdict.startswith(said)
+    assert ("over concurrent, the better baseline (paper 10.9x)" in verdict) == (concurrent == 44.7)
+    assert ("concurrent not measured (paper 10.9x)" in verdict) == (concurrent is None)
+    assert ("1.29 times as fast as serial here and were 0.78 times in the paper" in verdict) == (concurrent == 44.7)
+    assert ("What is missing to the arrivals' bound" in verdict) == (fused == 9.0)
+
+
+@pytest.mark.parametrize(("gain", "word"), [(1.4, "Reproduced"), (1.1, "Partly"), (1.0, "No")])
+def test_the_word_of_tp_follows_its_rule(gain: float, word: str) -> None:
+    rows = [{"ranks": 1, "gain": 1.5, "gain_by_bytes": 1.2, "gain_by_rows": 1.6}]
+    rows += [{"ranks": 2, "gain": g, "gain_by_bytes": 1.02, "gain_by_rows": 1.7} for g in (gain, 1.5)]
+    verdict = lengths._tp_verdict(rows, 1000, (16,))
+    assert verdict.startswith(f"{word}: gains of move over off, at 16 requests of up to 1000 tokens: 1.50 on 1 rank (")
+    assert f"; {gain:.2f}, 1.50 on 2 ranks (bytes predict 1.02, 1.02); in the paper 1.46 to 3.30" in verdict
+    assert verdict.endswith("the gains would be 1.60 to 1.70.")
 
 
 @pytest.mark.parametrize(("end", "half", "word"), [(1.0, 1.0, "Reproduced"), (1.0, 3.0, "Partly"), (3.0, 3.0, "No")])
