@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 from server import stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

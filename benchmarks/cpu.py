@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 from flover.config import EngineConfig
 from flover.engine.batch import BatchPlan, StepResult, encode_plan
 from flover.engine.engine import EngineCore

@@ -29,7 +29,7 @@ import torch
 from _gpu_engine import MODELS, Bench
 from _gpu_loads import modes, offline, poisson, saturated
 
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 from flover.bound import heated, measured_limits
 from flover.config import EngineConfig
 from flover.profile import decoding, profile_decode, timed_steps

@@ -84,8 +84,8 @@ def in_process(folder: str, settings: dict[str, Any], many: Jobs, lone: Jobs, re
     """`core` and `generate`, and the lone requests; for a process of its own."""
     from flover import LLM, SamplingParams
     from flover.bench.engines import as_request
+    from flover.bench.keep import provenance
     from flover.bench.records import Job
-    from flover.bench.results import provenance
 
     def params(jobs: Jobs) -> list[SamplingParams]:
         return [SamplingParams(max_tokens=num, temperature=0.0, ignore_eos=True) for _, num in jobs]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 from flover.config import KVConfig, SchedulerConfig
 from flover.engine.batch import StepResult, encode_plan
 from flover.engine.digest import RowDigest

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flover import LLM, SamplingParams
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 
 HERE = Path(__file__).parent
 TEXT, RESULT = HERE / "data" / "kjv_test.txt", HERE / "results" / "quality.json"

@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from _gpu_engine import MODELS, Bench
 from torch._C._distributed_c10d import TCPStore
 
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 from flover.bound import measured_limits
 from flover.engine.peers import open_exchange
 from flover.kernels.triton import rms_norm

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 from flover.kv import virtual_memory
 from flover.kv.storage import KVStorage
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flover.bench.results import provenance
+from flover.bench.keep import provenance
 from flover.bench.startup import fresh
 
 RESULTS = Path(__file__).parent / "results"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flover.bench.records import Job, Record, Run
+from flover.bench.records import Job, Record, Run, Watch
 from flover.bench.systems import SystemMissing
 from flover.cli import bench_run, bench_startup, main
 
@@ -25,17 +25,15 @@ class Fake:
     def __init__(self, name: str, log: list[Any], interrupt: bool = False, error: str | None = None) -> None:
         self.name, self._log, self._interrupt, self._error = name, log, interrupt, error
 
-    def run(self, jobs: Sequence[Job], progress: Callable[[int], None] | None = None) -> Run:
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
         self._log.append((self.name, list(jobs)))
-        if self._interrupt and progress is not None:
+        if self._interrupt and watch is not None:
             raise KeyboardInterrupt
         records = []
         for i, job in enumerate(jobs):
             tokens = [7 if self.name == "fused" and i == 0 else 8] * job.num_output
             times = [job.arrival + 0.01 * (k + 1) for k in range(job.num_output)]
             records.append(Record(job.arrival, len(job.prompt), times, tokens, self._error if i == 1 else None))
-            if progress is not None:
-                progress(i + 1)
         return Run(self.name, records)
 
     def close(self) -> None:
@@ -79,12 +77,13 @@ def test_throughput(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypat
 
 
 def test_compare(capfd: pytest.CaptureFixture[str]) -> None:
-    args = ["--policy", "serial,fused,dynamic", "--random-range-ratio", "0.5", "--request-rate", "200"]
+    args = ["--policy", "serial,fused,dynamic:9ms:2,3", "--random-range-ratio", "0.5", "--request-rate", "200"]
     assert main(["bench", "compare", *LOAD, *SMALL, *args]) == 0
     out = capfd.readouterr().out
     assert "random, 4-12 prompt and 3-9 output tokens, 5 requests, 200 a second (Poisson), seed 0" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
     assert rows["serial"][-1] == "1.00"
+    assert "dynamic:9ms:2,3" in rows
     assert rows["fused"][-1] == "100.0%", "float64: the same tokens"
     assert "TPOT 0: no gap between tokens, as in a batch that leaves together" in out
 
@@ -141,6 +140,22 @@ def test_interrupted(log: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert main(["bench", "throughput", *LOAD, *SMALL, "--output-json", str(tmp_path / "r.json")]) == 130
     assert log[-1] == ("fused", "closed")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bar_counts_tokens_and_requests(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job(0.0, (1,), 40) for _ in range(3)]
+    records = [Record(0.0, 1) for _ in jobs]
+    with bench_run.bar("fused", jobs) as watch:
+        watch(records)
+    assert capfd.readouterr().err == "", "no terminal"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with bench_run.bar("fused", jobs) as watch:
+        watch(records)
+        for record in records:
+            record.times += [0.0] * 7
+    assert "0/3 requests, 21/120 tokens" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capfd.readouterr().err)
+    records[0].error, records[1].ended = "out of luck", 1.0
+    assert bench_run.tally(jobs, records) == (2, 87)
 
 
 def test_failed_requests(log: list[Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +225,8 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["throughput", "--policy", "fusd"], "unknown system 'fusd'; did you mean 'fused'?; known: serial"),
         (["compare", "--policy", "serial,nope"], "unknown system 'nope'"),
+        (["compare", "--policy", "serial,dynamic:50ms:4,x"], "unknown system 'x'"),
+        (["throughput", "--policy", "dynamic:50ms:x"], "'dynamic:50ms:x' needs a delay over 0 and sizes"),
         (["compare", "--policy", ","], "--policy names nothing to compare"),
         (["throughput", "--dataset-name", "sharegtp"], "did you mean 'sharegpt'?"),
         (["throughput", "--dataset-name", "trace"], "needs --dataset-path"),
@@ -236,6 +253,11 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
         (["throughput", "--request-interval", "1", "--request-rate", "1"], "excludes --request-rate"),
         (["throughput", "--goodput", "p99:5"], "NAME:MILLISECONDS"),
         (["throughput", "--output-json", "/none/r.json"], "folder /none does not exist"),
+        (["throughput", "--output-json", "/proc/r.json"], "--output-json: /proc/r.json cannot be written: "),
+        (["latency", "--output-json", "/proc/r.json"], "--output-json: /proc/r.json cannot be written: "),
+        (["compare", "--output-json", "/proc/r.json"], "--output-json: /proc/r.json cannot be written: "),
+        (["startup", "--output-json", "/proc/r.json"], "--output-json: /proc/r.json cannot be written: "),
+        (["report", "/proc", "--output", "/proc/r.html"], "--output: /proc/r.html cannot be written: "),
         (["latency", "--num-iters", "0"], "--num-iters must be at least 1"),
         (["throughput", "--dtype", "float1"], "dtype must be one of"),
         (["startup", "--model", "nowhere-at-all"], "nowhere-at-all"),

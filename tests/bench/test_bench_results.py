@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from flover.bench import results
+from flover.bench import keep
+from flover.bench.keep import check_output, write_json
 from flover.bench.records import Record, Run
 from flover.bench.results import (
     Estimate,
@@ -21,7 +22,6 @@ from flover.bench.results import (
     parse_goals,
     run_json,
     t_quantile,
-    write_json,
 )
 
 RUN = Run(
@@ -127,7 +127,7 @@ def test_the_commit_is_the_package_s_own(tmp_path: Path, monkeypatch: pytest.Mon
     package = tmp_path / "flover"
     (package / "bench").mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(results, "__file__", str(package / "bench" / "results.py"))
+    monkeypatch.setattr(keep, "__file__", str(package / "bench" / "keep.py"))
 
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=x", "-c", "user.email=x@x"]
@@ -137,14 +137,14 @@ def test_the_commit_is_the_package_s_own(tmp_path: Path, monkeypatch: pytest.Mon
 
     git("init")
     git("commit", "--allow-empty", "-m", "a project that flover is installed in")
-    assert results._commit() is None
+    assert keep._commit() is None
     git("add", ".")
     git("commit", "-m", "flover's own")
-    assert results._commit() == git("rev-parse", "--short", "HEAD").strip()
+    assert keep._commit() == git("rev-parse", "--short", "HEAD").strip()
     (package / "__init__.py").write_text("x = 1")
-    assert results._commit() == git("rev-parse", "--short", "HEAD").strip() + "-dirty"
+    assert keep._commit() == git("rev-parse", "--short", "HEAD").strip() + "-dirty"
     (tmp_path / ".git").rename(tmp_path / "git")
-    assert results._commit() is None
+    assert keep._commit() is None
 
 
 def test_json(tmp_path: Path) -> None:
@@ -158,3 +158,19 @@ def test_json(tmp_path: Path) -> None:
         write_json(path, {"x": object()})
     assert json.loads(path.read_text()) == kept, "whole or not at all"
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_an_output_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    check_output(None, "--output")
+    check_output(tmp_path / "new.json", "--output")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old.json").write_text("1")
+    check_output(tmp_path / "old.json", "--output")
+    assert (tmp_path / "old.json").read_text() == "1"
+    for path, said in (
+        (tmp_path, f"--output: {tmp_path} is a folder"),
+        (tmp_path / "a" / "r.json", f"--output: folder {tmp_path}/a does not exist"),
+        (Path("/proc/r.json"), "--output: /proc/r.json cannot be written: No such file or directory"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            check_output(path, "--output")

@@ -293,6 +293,8 @@ def test_a_server_may_be_late_and_vllms_lists_are_kept(tmp_path: Path, monkeypat
         ("ttft:5", "unexpected argument 'ttft:5'"),
         ("--endpoint /v1/nothing --random-input-len 4 --random-output-len 2", "failed: HTTP Error 404"),
         ("--base-url localhost:8000", "--base-url must be such as"),
+        ("--save-result --result-dir /proc", "--save-result: /proc/a.json cannot be written: "),
+        ("--save-result --result-dir /proc --result-filename r", "--save-result: /proc/r cannot be written: "),
         ("--extra-body [1]", "--extra-body must be a JSON object, got '[1]'"),
         ("--dataset-name hf --dataset-path org/set", "--dataset-name hf is not here: --dataset-name custom sends"),
         ("--dataset-name custom", 'custom needs --dataset-path, a JSON lines file of {"prompt": "Who was Moses?",'),

@@ -14,19 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from flover.bench import paper, results
-from flover.bench.figures import context, progress, reorder, servers
+from flover.bench import keep, paper
+from flover.bench.figures import context, headline, lengths, progress, reorder, servers
 from flover.bench.figures.context import Bench
-from flover.bench.figures.digests import agree, seconds_by_rows, total
+from flover.bench.figures.digests import agree, seconds_by_rows, step_spans, total
 from flover.bench.figures.pieces import Pieces
 from flover.bench.figures.reorder import INDEX_SELECT
 from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
 from flover.bench.plans import PLANS
-from flover.bench.records import Job
+from flover.bench.records import Job, Run
 from flover.bench.report import report
 from flover.cli import main
 from flover.config import DTYPE_BYTES
+from flover.metrics import StepStats
 from flover.model_config import ModelConfig
 
 MICRO = replace(
@@ -203,7 +204,7 @@ def test_a_budget_leaves_cells_for_the_next_run(
     for path in (tmp_path / "pieces").glob("*.json"):
         path.write_text(re.sub('"commit": [^,]*', '"commit": "0ld"', path.read_text()))
     monkeypatch.setattr(sys, "argv", ["flover", "bench", "paper", "--budget", "9", "--output", "x"])
-    monkeypatch.setattr(results, "_commit", lambda: "new")
+    monkeypatch.setattr(keep, "_commit", lambda: "new")
     paper.run_figures(["4a", "8"], tmp_path, "micro", **options)
     data = stored(tmp_path, "4a")
     assert data["environment"]["commit"] == "0ld, new", "of all cells"
@@ -295,6 +296,7 @@ def test_without_matplotlib_there_is_json(tmp_path: Path, monkeypatch: pytest.Mo
         (["--outside", "vllm"], "--outside 'vllm' is not an outside system: transformers"),
         (["--outside", "transformers:fast"], "unknown system 'transformers:fast'"),
         (["--outside", "fused"], "--outside 'fused' is not an outside system"),
+        (["--output", "/proc"], "--output: /proc/headline.md cannot be written: "),
         (["--model", "gpt5"], "unknown model 'gpt5'; known: gptj-6b"),
     ],
 )
@@ -310,6 +312,44 @@ def test_mistakes_are_one_line(
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("concurrent", "fused", "said"),
+    [
+        (80.0, 6.85, "Reproduced: at 32 requests gptj-6b 8.4x over serial, the better baseline (99% of the 8.5x that"),
+        (
+            44.7,
+            6.85,
+            "Partly: at 32 requests gptj-6b 8.4x over serial (99% of the 8.5x that arrivals allow), 6.5x over",
+        ),
+        (44.7, 9.0, "No: at 32 requests gptj-6b 6.4x over serial (75% of the 8.5x that arrivals allow), 5.0x over"),
+        (
+            None,
+            6.85,
+            "Partly: at 32 requests gptj-6b 8.4x over serial (99% of the 8.5x that arrivals allow), concurrent",
+        ),
+    ],
+)
+def test_the_word_of_4a_follows_its_rule(concurrent: float | None, fused: float, said: str) -> None:
+    row: dict[str, Any] = {"model": "gptj-6b", "requests": 32, "serial_s": 57.6, "fused_s": fused}
+    row |= {"concurrent_s": concurrent, "x_over_concurrent": concurrent and concurrent / fused, "bound_arrivals": 8.51}
+    verdict = headline._verdict_4a([row])
+    assert verdict.startswith(said)
+    assert ("over concurrent, the better baseline (paper 10.9x)" in verdict) == (concurrent == 44.7)
+    assert ("concurrent not measured (paper 10.9x)" in verdict) == (concurrent is None)
+    assert ("1.29 times as fast as serial here and were 0.78 times in the paper" in verdict) == (concurrent == 44.7)
+    assert ("What is missing to the arrivals' bound" in verdict) == (fused == 9.0)
+
+
+@pytest.mark.parametrize(("gain", "word"), [(1.4, "Reproduced"), (1.1, "Partly"), (1.0, "No")])
+def test_the_word_of_tp_follows_its_rule(gain: float, word: str) -> None:
+    rows = [{"ranks": 1, "gain": 1.5, "gain_by_bytes": 1.2, "gain_by_rows": 1.6}]
+    rows += [{"ranks": 2, "gain": g, "gain_by_bytes": 1.02, "gain_by_rows": 1.7} for g in (gain, 1.5)]
+    verdict = lengths._tp_verdict(rows, 1000, (16,))
+    assert verdict.startswith(f"{word}: gains of move over off, at 16 requests of up to 1000 tokens: 1.50 on 1 rank (")
+    assert f"; {gain:.2f}, 1.50 on 2 ranks (bytes predict 1.02, 1.02); in the paper 1.46 to 3.30" in verdict
+    assert verdict.endswith("the gains would be 1.60 to 1.70.")
 
 
 @pytest.mark.parametrize(("end", "half", "word"), [(1.0, 1.0, "Reproduced"), (1.0, 3.0, "Partly"), (3.0, 3.0, "No")])
@@ -339,6 +379,25 @@ def test_memory_may_fail(tmp_path: Path, folder: Path, monkeypatch: pytest.Monke
         path.write_text(json.dumps(piece))
     paper.run_figures(["memory"], tmp_path, "micro", device="cpu", say=lambda _: None)
     assert stored(tmp_path, "memory")["verdict"].startswith("Partly: finished requests give memory back with move. Of")
+
+
+def test_cells_that_stood_still_are_named(tmp_path: Path, folder: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "8.json").unlink()
+    path = tmp_path / "pieces" / "poisson-gptj-6b-fused.json"
+    piece = json.loads(path.read_text())
+    cells = [cell["data"] for cell in piece["cells"].values()]
+    assert all(0 < median <= longest for median, longest in (data["step_spans"] for data in cells))
+    for data, spans in zip(cells, ([0.002, 1.3], [0.2, 0.9], [0.002, 0.09], None)):  # one; the others are slow or old
+        data["step_spans"] = spans
+    del cells[3]["step_spans"]
+    path.write_text(json.dumps(piece))
+    paper.run_figures(["8"], tmp_path, "micro", device="cpu", say=lambda _: None)
+    note = stored(tmp_path, "8")["notes"][-1]
+    first, *others = [f"poisson-gptj-6b-fused, {cell}" for cell in piece["cells"]]
+    assert note.startswith("A step stood still, as on a machine that others disturb; do not trust these cells: ")
+    assert f"{first} (1.30 s, median 2 ms)" in note
+    assert not any(cell in note for cell in others[:3])
 
 
 # ---- theory ----------------------------------------------------------------------------------------------------------
@@ -403,6 +462,12 @@ def test_agreement_with_serial() -> None:
         "first_parting": 1,
         "logit_gap": 0.5,
     }
+
+
+def test_the_longest_step_of_a_run_is_kept() -> None:
+    steps = [StepStats(i, i * 0.01, i * 0.01 + 0.02, num_decode_tokens=1) for i in range(5)]
+    steps.append(StepStats(5, 9.0, 9.4, num_decode_tokens=1))  # what was waited for before it is no step
+    assert step_spans(Run("x", [], steps)) == pytest.approx([0.02, 0.4])
 
 
 def test_step_times_become_a_line() -> None:

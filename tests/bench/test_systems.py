@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flover.bench import engines, instances, processes, systems
+from flover.bench.figures import servers
 from flover.bench.records import Job, Record, Run
 from flover.bench.systems import SystemMissing, check_name, make_system, same_tokens
 from flover.bound import runner_of
@@ -65,13 +66,14 @@ def serial(echo: EngineConfig) -> Run:
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_system_serves_every_job_as_serial_does(echo: EngineConfig, serial: Run, name: str) -> None:
-    jobs, told = workload(), []
+    jobs = workload()
+    watched: list[tuple[Any, list[int]]] = []
     system = make_system(name, echo)
-    for _ in range(2):  # a second run finds nothing of the first
-        told.clear()
-        result = system.run(jobs, told.append)
+    for i in range(2):  # a second run finds nothing of the first
+        result = system.run(jobs, lambda records: watched.append((records, [len(r.times) for r in records])))
         assert same_tokens(result, serial) == (1.0, None)
-        assert told == list(range(1, len(jobs) + 1))
+        assert watched[i][0] is result.records, "which fill as they are watched"
+        assert watched[i][1] == [0] * len(jobs)
     system.close()
     assert result.system == system.name == name
     for job, record in zip(jobs, result.records):
@@ -151,7 +153,7 @@ def test_who_comes_while_a_batch_runs_waits_for_its_end(echo: EngineConfig) -> N
 
 def test_a_preferred_size_does_not_wait(echo: EngineConfig) -> None:
     jobs = [Job(0.0, (1,), 3), Job(0.0, (2,), 3), Job(0.0, (3,), 3)]
-    records = run("dynamic:300ms", echo, jobs, preferred=(2,)).records
+    records = run("dynamic:300ms:2", echo, jobs).records
     assert records[0].times == records[1].times
     assert records[1].times[-1] < 0.3 <= records[2].times[0]
 
@@ -275,13 +277,24 @@ def test_a_job_that_is_too_long_is_refused_before_anything_runs(echo: EngineConf
 
 
 @pytest.mark.parametrize("name", ["serial", "fused", "dynamic", "concurrent:2"])
-def test_an_interrupted_system_can_run_again(echo: EngineConfig, serial: Run, name: str) -> None:
-    def interrupt(finished: int) -> None:
+def test_an_interrupted_system_can_run_again(
+    echo: EngineConfig, serial: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_the_first(system: Any, session: instances.Session) -> None:
+        for i in range(len(session.jobs)):
+            session.waiting.put(i)
+        session.done.get()
+        raise KeyboardInterrupt
+
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     system = make_system(name, echo)
-    with pytest.raises(KeyboardInterrupt):
-        system.run([Job(0.0, (1,), 1), *(Job(0.0, (i,), 80) for i in range(8))], interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(instances.InstancesSystem, "_feed", after_the_first)
+        patch.setattr(engines, "take_finished", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            system.run([Job(0.0, (1,), 1), *(Job(0.0, (i,), 80) for i in range(8))])
     again = system.run(workload())
     assert same_tokens(again, serial) == (1.0, None)
     assert all(len(record.times) == len(record.token_ids) for record in again.records)
@@ -314,6 +327,11 @@ def test_a_closed_system_holds_nothing(echo: EngineConfig, name: str) -> None:
         ("transformers:fast", "unknown system"),
         ("dynamic:DELAY", "50ms or 2s"),
         ("dynamic:5min", "50ms or 2s"),
+        ("dynamic:5min:4", "'dynamic:5min:4' needs a delay"),
+        ("dynamic:50ms:", "'dynamic:50ms:' needs a delay over 0 and sizes"),
+        ("dynamic:50ms:4,x", "'dynamic:50ms:4,x' needs a delay over 0 and sizes"),
+        ("dynamic:50ms:0,4", "such as dynamic:50ms:4,8"),
+        ("dynamic:0:4", "'dynamic:0:4' needs a delay over 0"),
         ("concurrent:0", "from 1 to 9999"),
         ("concurrent:N", "from 1 to 9999"),
         ("openai:localhost", "http://localhost:8000"),
@@ -345,7 +363,7 @@ def test_a_setting_that_a_system_lacks_is_refused(
 
 
 def test_an_unknown_option_is_refused(echo: EngineConfig) -> None:
-    with pytest.raises(ValueError, match="dynamic has no option 'window'; it has stream, preferred, max_batch"):
+    with pytest.raises(ValueError, match="dynamic has no option 'window'; it has stream, max_batch"):
         make_system("dynamic", echo, window=2)
 
 
@@ -358,9 +376,32 @@ def test_what_a_name_of_fused_sets(echo: EngineConfig, name: str, layout: str, r
     assert (config.kv_layout, config.reorder, config.tensor_parallel_size) == (layout, reorder, ranks)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("50ms", 0.05), ("2s", 2.0), ("16", 16.0), ("0.5s", 0.5), ("0", 0.0)])
-def test_delays(text: str, seconds: float) -> None:
-    assert systems.parse_delay(text) == seconds
+@pytest.mark.parametrize(
+    ("text", "seconds", "sizes"),
+    [("50ms", 0.05, ()), ("2s", 2.0, ()), ("16", 16.0, ()), ("0", 0.0, ()), ("", 0.0, ()), ("0.5s:4,8", 0.5, (4, 8))],
+)
+def test_details_of_dynamic(text: str, seconds: float, sizes: tuple[int, ...]) -> None:
+    assert systems.parse_dynamic(text) == (seconds, sizes)
+
+
+def test_a_preferred_size_that_no_batch_can_have_is_refused(echo: EngineConfig) -> None:
+    with pytest.raises(ValueError, match=r"a preferred batch size must be in \[1, 8\], got 9"):
+        make_system("dynamic:50ms:4,9", echo)
+
+
+def test_a_figure_s_dynamic_system_takes_the_delay_and_sizes_of_the_next_name(echo: EngineConfig) -> None:
+    kept = servers.Servers()
+    first = kept.get("dynamic:20ms:2", echo, workload(2))
+    second = kept.get("dynamic:40ms", echo, workload(2))
+    assert isinstance(second, engines.DynamicSystem)
+    assert first is second, "loaded once"
+    assert (second.name, second.delay, second.preferred) == ("dynamic:40ms", 0.04, ())
+    kept.close()
+
+
+def test_a_list_of_names_keeps_the_sizes_of_each() -> None:
+    names = systems.split_names("serial, dynamic:50ms:4,8 ,dynamic:2s:4, 16,fused,,fused")
+    assert names == ["serial", "dynamic:50ms:4,8", "dynamic:2s:4,16", "fused"]
 
 
 def test_same_tokens_gives_the_share_and_the_first_difference() -> None:

@@ -212,6 +212,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", "x", "--max-model-len", "9999"], "max_model_len=9999 is longer than the model's 1024"),
     (["generate", "x", "--model", "nowhere/at/all"], "model 'nowhere/at/all' does not exist"),
     (["generate", "x", "--timeline", "t.gif"], "timeline must end in .png or .json"),
+    (["generate", "x", "--timeline", "/proc/t.json"], "--timeline: /proc/t.json cannot be written: "),
     (["generate", "x", "--timeline", "no/t.png"], "timeline folder no does not exist"),
     (["generate", "x", "--input", "y"], "give prompts or --input, not both"),
     (["generate", "x", "--output", "y"], "--output needs --input"),

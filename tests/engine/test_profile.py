@@ -152,6 +152,7 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--batch", "1,x"], "--batch must be numbers of rows"),
         (["--batch", "0"], "--batch must be numbers of rows"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--output", "/proc/r.json"], "--output: /proc/r.json cannot be written: "),
         (["--output", "nowhere/at/all.json"], "folder nowhere/at does not exist"),
         (["--batch", "9"], "needs max_num_seqs=9"),
         (["--batch", "1", "--context", "99999"], "a context of 99999 and"),

@@ -12,7 +12,7 @@ import http.client
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from flover.bench.records import Job, Record
+from flover.bench.records import Job, Record, Watch
 
 PATHS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 KEEP_ALIVE = 4.0  # seconds; uvicorn closes an idle connection after five
@@ -94,14 +94,14 @@ def drive(
     jobs: Sequence[Job],
     prompts: Sequence[Prompt],
     max_concurrency: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    watch: Watch = None,
 ) -> list[Record]:
     """Send all jobs, ascending in arrival; -> their records, when the last has ended.
 
     Args:
-        prompts: one for each job. max_concurrency: requests in flight at most. progress: told of finished jobs.
+        prompts: one for each job. max_concurrency: requests in flight at most. watch: `records.Watch`.
     """
-    return asyncio.run(_drive(endpoint, jobs, prompts, max_concurrency, progress))
+    return asyncio.run(_drive(endpoint, jobs, prompts, max_concurrency, watch))
 
 
 async def _drive(
@@ -109,7 +109,7 @@ async def _drive(
     jobs: Sequence[Job],
     prompts: Sequence[Prompt],
     max_concurrency: int | None,
-    progress: Callable[[int], None] | None,
+    watch: Watch,
 ) -> list[Record]:
     records = [Record(job.arrival, len(job.prompt)) for job in jobs]
     bodies = [msgspec.json.encode(endpoint.body(prompt, job.num_output)) for job, prompt in zip(jobs, prompts)]
@@ -119,18 +119,15 @@ async def _drive(
         headers["Authorization"] = f"Bearer {endpoint.key}"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=endpoint.timeout)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
-    finished = 0
+    if watch is not None:
+        watch(records)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         origin = time.monotonic()
 
         async def one(job: Job, record: Record, body: bytes) -> None:
-            nonlocal finished
             await _complete(session, endpoint, job, record, body, origin)
-            finished += 1
             if places is not None:
                 places.release()
-            if progress is not None:
-                progress(finished)
 
         tasks = []
         held_up = 0.0  # until then there was no place

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from flover.bench.batcher import BatchQueue
-from flover.bench.records import Job, Record, Run
+from flover.bench.records import Job, Record, Run, Watch
 from flover.bench.reorder_clock import ReorderClock
 from flover.config import EngineConfig
 from flover.engine.engine import EngineCore
@@ -23,7 +23,6 @@ from flover.metrics import StepStats
 from flover.request import FinishReason, Request, RowSampling
 from flover.resolve import DEFAULT_MAX_NUM_SEQS
 
-Progress = Callable[[int], None] | None
 BEST = 20  # tokens whose logits are looked at
 
 
@@ -158,30 +157,30 @@ class EngineSystem:
         self.name = name
         self.core = EngineCore(config)
 
-    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
-        """As `records.System.run`; progress gets the number of jobs finished so far.
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
+        """As `records.System.run`.
 
         Raises:
             ValueError: a job that is too long for the context or the cache; nothing has run then.
         """
-        return self._run(jobs, Arrivals(jobs), progress)
+        return self._run(jobs, Arrivals(jobs), watch)
 
-    def _run(self, jobs: Sequence[Job], feed: Feed, progress: Progress) -> Run:
+    def _run(self, jobs: Sequence[Job], feed: Feed, watch: Watch) -> Run:
         run = Run(self.name, new_records(jobs))
         requests = [as_request(i, job) for i, job in enumerate(jobs)]
         for request in requests:
             self.core.check(request)
         self.core.scheduler.kv.reset_cache()  # every run finds the engine as it was when it was made
+        if watch is not None:
+            watch(run.records)
         with ReorderClock(self.core) as clock:
-            self._serve(run, requests, jobs, feed, progress)
+            self._serve(run, requests, jobs, feed)
         run.reorder_host, run.reorder_device = clock.host_seconds, clock.device_seconds
         return run
 
-    def _serve(
-        self, run: Run, requests: Sequence[Request], jobs: Sequence[Job], feed: Feed, progress: Progress
-    ) -> None:
+    def _serve(self, run: Run, requests: Sequence[Request], jobs: Sequence[Job], feed: Feed) -> None:
         core = self.core
-        num_finished, origin = 0, core.clock()
+        origin = core.clock()
         try:
             while feed.next is not None or core.has_unfinished():
                 for i in feed.take(core.clock() - origin, not core.has_unfinished()):
@@ -198,9 +197,6 @@ class EngineSystem:
                         run.records[int(request.request_id)].times.append(output.stats.end - origin)
                 for request in output.finished:
                     take_finished(request, run.records[int(request.request_id)])
-                    num_finished += 1
-                    if progress is not None:
-                        progress(num_finished)
         finally:
             abandon(core, requests)
         shift(run.steps, origin)
@@ -221,10 +217,9 @@ class DynamicSystem(EngineSystem):
     No prompt is padded to its batch's longest, which is kinder than FasterTransformer without ragged input.
 
     Args:
-        delay: seconds, `BatchQueue`.
+        delay, preferred, max_batch: `BatchQueue`; max_batch is max_num_seqs unless given.
         stream: False: a request's tokens are all there when its batch ends, as behind Triton without decoupled mode;
             True: each when it is made.
-        preferred, max_batch: `BatchQueue`; max_batch is max_num_seqs unless given.
     """
 
     def __init__(
@@ -232,22 +227,22 @@ class DynamicSystem(EngineSystem):
         name: str,
         config: EngineConfig,
         delay: float,
-        stream: bool = False,
         preferred: Sequence[int] = (),
+        stream: bool = False,
         max_batch: int | None = None,
     ) -> None:
         self.max_batch = max_batch or config.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-        self.delay, self.preferred, self.stream = delay, tuple(preferred), stream
+        self.delay, self.preferred, self.stream = delay, preferred, stream
         self._queue()  # refuses bad sizes before a model is loaded
         super().__init__(name, replace(config, policy="static", max_num_seqs=self.max_batch))
 
     def _queue(self) -> BatchQueue:
         return BatchQueue(self.delay, self.max_batch, self.preferred)
 
-    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
         """As `EngineSystem.run`."""
         feed = Batches(jobs, self._queue())
-        run = self._run(jobs, feed, progress)
+        run = self._run(jobs, feed, watch)
         if not self.stream:
             for batch in feed.batches:
                 records = [run.records[i] for i in batch]

@@ -25,7 +25,6 @@ import torch
 
 from flover.bench.engines import (
     Parting,
-    Progress,
     abandon,
     as_request,
     logit_gaps,
@@ -35,7 +34,7 @@ from flover.bench.engines import (
     take_finished,
     wait_until,
 )
-from flover.bench.records import Job, Record, Run
+from flover.bench.records import Job, Record, Run, Watch
 from flover.config import EngineConfig, ResolvedConfig, human
 from flover.engine.cuda_graph import WARM_UP_SECONDS
 from flover.engine.engine import EngineCore, make_runner, settle, survey
@@ -170,18 +169,21 @@ class InstancesSystem:
         """`engines.logit_gaps`, of the first instance."""
         return self._workers[0].submit(self.instances[0].logit_gaps, partings).result()
 
-    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
-        """As `records.System.run`; progress gets the number of jobs finished so far.
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
+        """As `records.System.run`.
 
         Raises:
             ValueError: a job that is too long for the context; nothing has run then.
         """
         for job in jobs:
             self.instances[0].check(job)
-        session = Session(jobs, new_records(jobs), time.monotonic())
+        records = new_records(jobs)
+        if watch is not None:
+            watch(records)
+        session = Session(jobs, records, time.monotonic())
         served = [w.submit(one.serve, session) for w, one in zip(self._workers, self.instances)]
         try:
-            self._feed(session, progress)
+            self._feed(session)
         finally:
             session.stop.set()
             for _ in served:
@@ -190,7 +192,7 @@ class InstancesSystem:
         shift(steps, session.origin)
         return Run(self.name, session.records, steps)
 
-    def _feed(self, session: Session, progress: Progress) -> None:
+    def _feed(self, session: Session) -> None:
         """Jobs into the queue as they arrive, until all are done."""
         jobs, given, finished = session.jobs, 0, 0
         while finished < len(jobs):
@@ -209,8 +211,6 @@ class InstancesSystem:
             if error is not None:
                 raise error
             finished += 1
-            if progress is not None:
-                progress(finished)
 
     def close(self) -> None:
         for worker in self._workers:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from flover.bench.engines import Progress, new_records, release, wait_until
-from flover.bench.records import Job, Run
+from flover.bench.engines import new_records, release, wait_until
+from flover.bench.records import Job, Run, Watch
 from flover.bench.systems import SystemMissing
 from flover.config import EngineConfig
 from flover.engine.engine import survey
@@ -53,10 +53,13 @@ class TransformersSystem:
         self.model: Any = model.to(hardware.device).eval()
         self.model.generation_config.eos_token_id = None
 
-    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
-        """As `records.System.run`; progress gets the number of jobs finished so far."""
-        run, origin = Run(self.name, new_records(jobs)), time.monotonic()
-        for i, (job, record) in enumerate(zip(jobs, run.records)):
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
+        """As `records.System.run`."""
+        run = Run(self.name, new_records(jobs))
+        if watch is not None:
+            watch(run.records)
+        origin = time.monotonic()
+        for job, record in zip(jobs, run.records):
             wait_until(origin + job.arrival)
             prompt = torch.tensor([job.prompt], device=self.model.device)
             ids = self.model.generate(
@@ -69,8 +72,6 @@ class TransformersSystem:
                 pad_token_id=0,
             )
             record.token_ids = ids[0, len(job.prompt) :].tolist()
-            if progress is not None:
-                progress(i + 1)
         return run
 
     def close(self) -> None:
@@ -96,10 +97,12 @@ class _Stopwatch:
 class TransformersBatchSystem(TransformersSystem):
     """transformers' continuous batching, the manager behind `generate_batch`, which takes requests as they arrive."""
 
-    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
         """As `TransformersSystem.run`. A token's time is transformers' own timestamp of it."""
         hugging: Any = import_module("transformers")
         run = Run(self.name, new_records(jobs))
+        if watch is not None:
+            watch(run.records)
         longest = max((job.num_output for job in jobs), default=1)
         fixed = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
         settings = hugging.GenerationConfig(max_new_tokens=longest, **fixed)
@@ -138,8 +141,6 @@ class TransformersBatchSystem(TransformersSystem):
                     record.token_ids, record.error = list(result.generated_tokens), result.error
                     record.times = [stamp - stamps for stamp in result.timestamps or ()]
                     finished += 1
-                    if progress is not None:
-                        progress(finished)
         return run
 
 
@@ -171,12 +172,12 @@ class OpenAISystem:
             raise SystemMissing(str(error)) from None
         self._endpoint = Endpoint(f"{base}/v1/completions", model, key=key)
 
-    def run(self, jobs: Sequence[Job], progress: Progress = None) -> Run:
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
         """As `records.System.run`. A server that does not send token ids leaves them out."""
         from flover.bench.client import drive
 
         prompts = [job.prompt for job in jobs]
-        return Run(self.name, drive(self._endpoint, jobs, prompts, progress=progress))
+        return Run(self.name, drive(self._endpoint, jobs, prompts, watch=watch))
 
     def close(self) -> None:
         pass

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +19,17 @@ from typing import Any
 
 import torch
 
-from flover.bench.figures import arrivals, headline, lengths, progress, reorder
-from flover.bench.figures.context import Bench, Figure
+from flover.bench.figures import arrivals, headline, lengths, memory, progress, reorder
+from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import Data, total
+from flover.bench.figures.figure import Figure
 from flover.bench.figures.scale import SCALES
 from flover.bench.figures.servers import MissingError
-from flover.bench.results import provenance, write_json, write_text
+from flover.bench.keep import check_output, provenance, write_json, write_text
 from flover.bench.systems import OUTSIDE, check_name
 from flover.show import nearest
+
+WARNED = 5  # cells that a note names
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ FIGURES: dict[str, Entry] = {
     "fixed": Entry("Few arrivals of several sequences each", arrivals.figure_fixed, "pictures:draw_fixed"),
     "random": Entry("Random output lengths: what reordering gains", lengths.figure_random, "pictures_kv:draw_random"),
     "reorder": Entry("Reorder plans: moves, bytes, milliseconds", reorder.figure_reorder, "pictures_kv:draw_reorder"),
-    "memory": Entry("KV memory over time: live, reserved, released", lengths.figure_memory, "pictures_kv:draw_memory"),
+    "memory": Entry("KV memory over time: live, reserved, released", memory.figure_memory, "pictures_kv:draw_memory"),
     "tp": Entry("Random lengths under tensor parallelism", lengths.figure_tp, "pictures_kv:draw_tp"),
 }
 
@@ -108,6 +111,7 @@ def run_figures(
         settings = device, models, overwrite, draws, budget, outside
         bench = Bench(SCALES[scale], seed, output, Path(place), *settings, say=lambda line: say(f"  {line}"))
         output.mkdir(parents=True, exist_ok=True)
+        check_output(output / "headline.md", "--output")
         stored = {name: None if overwrite else _stored(output, name, bench) for name in figures or FIGURES}
         _estimate([name for name, data in stored.items() if data is None], bench, say)
         try:
@@ -191,11 +195,14 @@ def _figure(name: str, bench: Bench) -> Figure:
 
 def _make(name: str, bench: Bench) -> Data:
     bench.unmeasured.clear()
+    bench.stood_still.clear()
     bench.pieces.commits.clear()
     figure = _figure(name, bench)
     gaps = figure.gaps + bench.unmeasured
     if figure.verdict.startswith("Gap") and gaps and gaps[0]["why"] not in figure.verdict:
         figure.verdict += f" {gaps[0]['why']}"
+    if bench.stood_still:
+        figure.notes.append(_warning(bench.stood_still))
     environment = provenance(bench.device)
     environment["commit"] = ", ".join(sorted(filter(None, bench.pieces.commits))) or environment["commit"]
     command = re.sub(r" --budget[ =]\S+", "", environment.pop("command"))  # which only says how much of it was measured
@@ -227,6 +234,16 @@ def _make(name: str, bench: Bench) -> Data:
         data["gap"] = figure.verdict.removeprefix("Gap: ")
     normal: Data = json.loads(json.dumps(data))  # as the next run will read it
     return normal
+
+
+def _warning(cells: Mapping[str, tuple[float, float]]) -> str:
+    """Which cells stood still, the longest first."""
+    worst = sorted(cells.items(), key=lambda item: -item[1][0])
+    named = [f"{cell} ({long:.2f} s, median {1e3 * median:.2g} ms)" for cell, (long, median) in worst[:WARNED]]
+    more = f"; {len(worst) - WARNED} more" if len(worst) > WARNED else ""
+    return (
+        f"A step stood still, as on a machine that others disturb; do not trust these cells: {'; '.join(named)}{more}."
+    )
 
 
 def _same(tokens: Sequence[Data]) -> Data | None:

@@ -80,13 +80,17 @@ class Run:
         return max(ends, default=0.0) - min((record.arrival for record in self.records), default=0.0)
 
 
+# is given the records before any is served; they fill as the run goes on
+Watch = Callable[[Sequence[Record]], object] | None
+
+
 class System(Protocol):
     """Serves jobs. Made once, with a model loaded; `run` may be called many times."""
 
     name: str
 
-    def run(self, jobs: Sequence[Job], progress: Callable[[int], None] | None = None) -> Run:
-        """Serve jobs, ascending in arrival, each from when it arrives on. progress: told of finished jobs."""
+    def run(self, jobs: Sequence[Job], watch: Watch = None) -> Run:
+        """Serve jobs, ascending in arrival, each from when it arrives on."""
         ...
 
     def close(self) -> None:

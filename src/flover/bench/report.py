@@ -19,9 +19,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from flover.bench.keep import write_text
 from flover.bench.report_tables import Chart, Table, is_rows, tables_of
 from flover.bench.report_timeline import TimelineView
-from flover.bench.results import write_text
 
 ORDER = ("4a", "4b", "4c", "progress", "8", "fixed", "random", "reorder", "memory", "tp")  # the paper's figures
 VERDICTS = {"yes": "yes", "reproduced": "yes", "surpassed": "yes", "partly": "partly", "no": "no", "gap": "gap"}

@@ -7,19 +7,11 @@ arrival to the last token. Milliseconds in what is printed and stored, seconds e
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from flover.bench.records import Record, Run
@@ -224,47 +216,6 @@ def _line(label: str, value: Estimate) -> str:
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def provenance(device: str | None, script: bool = False) -> dict[str, Any]:
-    """When, with what command, versions and commit, on what machine; without a device (a client) nothing of torch.
-
-    script: this process runs a script, not `flover`.
-    """
-    import numpy as np
-
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv] if script else ["flover", *sys.argv[1:]]),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "cores": os.cpu_count(),
-        **_environment(device),
-    }
-
-
-def _commit() -> str | None:
-    """Of this package's own checkout, "-dirty" if it differs; None where it is installed, inside another's too."""
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-
-    try:
-        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
-            return None
-        dirty = "-dirty" if git("diff", "--quiet", "HEAD", "--", ".").returncode else ""
-        return git("rev-parse", "--short", "HEAD").stdout.strip() + dirty
-    except OSError:  # no git
-        return None
-
-
-def _environment(device: str | None) -> dict[str, Any]:
-    if device is None:
-        return {"platform": platform.platform()}
-    from flover.profile import environment  # of torch
-
-    return environment(device)
-
-
 def run_json(run: Run, numbers: Numbers, seed: int) -> dict[str, Any]:
     """A run with every request; times in seconds from the start of the run."""
     requests = [
@@ -285,26 +236,3 @@ def estimates_json(found: Mapping[str, Estimate]) -> dict[str, Any]:
         name: {"mean": e.mean, "ci95": None if e.half is None else [e.mean - e.half, e.mean + e.half]}
         for name, e in found.items()
     }
-
-
-def check_output(path: Path | None) -> None:
-    """What `write_json` would fail at, before a run instead of after it; ValueError."""
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--output-json: folder {path.parent} does not exist")
-    if path is not None and path.is_dir():
-        raise ValueError(f"--output-json: {path} is a folder")
-
-
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

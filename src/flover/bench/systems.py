@@ -6,6 +6,7 @@
 | fused | everyone in flight; with the cache as configured, or `:paged`, or a slab: `:off`, `:move`, `:indirect` |
 | fused:MODE:tpN | the same on N tensor-parallel ranks |
 | dynamic, dynamic:50ms, dynamic:2s | a batch that joins and leaves together (`batcher`); no unit: seconds; none: 0 |
+| dynamic:50ms:4,8 | the same; batches of these sizes do not wait (Triton's preferred_batch_size) |
 | concurrent, concurrent:N | N instances around the same weights, each one request at a time (`instances`) |
 | concurrent-processes, concurrent-processes:N | N processes with weights of their own, likewise (`processes`) |
 | transformers, transformers:batch | Hugging Face: `generate`, one at a time; its continuous batching (`outside`) |
@@ -34,6 +35,7 @@ NAMES = (
     "fused:MODE:tpN",
     "dynamic",
     "dynamic:DELAY",
+    "dynamic:DELAY:SIZES",
     "concurrent",
     "concurrent:N",
     "concurrent-processes",
@@ -44,7 +46,7 @@ NAMES = (
 )
 OUTSIDE = ("transformers", "transformers:batch", "openai")
 RANKS = re.compile(r":tp([1-9][0-9]{0,2})$")
-OPTIONS = {"dynamic": ("stream", "preferred", "max_batch"), "openai": ("model",)}
+OPTIONS = {"dynamic": ("stream", "max_batch"), "openai": ("model",)}
 UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0}
 
 
@@ -94,7 +96,7 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
     from flover.bench.engines import DynamicSystem, EngineSystem
 
     if kind == "dynamic":
-        return DynamicSystem(name, config, parse_delay(detail) if detail else 0.0, **options)
+        return DynamicSystem(name, config, *parse_dynamic(detail), **options)
     if kind == "serial":
         return EngineSystem(name, replace(config, policy="serial", max_num_seqs=1))
     return EngineSystem(name, _fused(name, config))
@@ -112,11 +114,16 @@ def _fused(name: str, config: EngineConfig) -> EngineConfig:
     return replace(config, policy="fused")
 
 
+def split_names(text: str) -> list[str]:
+    """The names of a list with commas, each once. A bare number is a size of the name before it: no system is one."""
+    return list(dict.fromkeys(filter(None, re.split(r",(?!\d+(?:,|$))", "".join(text.split())))))
+
+
 def check_name(name: str) -> None:
     """ValueError if `make_system` would not know the name; loads nothing."""
     kind, _, detail = name.partition(":")
     if kind == "dynamic" and detail:
-        parse_delay(detail)
+        parse_dynamic(detail)
     elif kind in ("concurrent", "concurrent-processes") and detail:
         parse_count(name, detail)
     elif kind == "openai":
@@ -128,12 +135,18 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown system {name!r}{nearest(name, set(NAMES))}; known: {', '.join(NAMES)}")
 
 
-def parse_delay(text: str) -> float:
-    """Seconds of "50ms", "2s" or "2"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", text)
+def parse_dynamic(detail: str) -> tuple[float, tuple[int, ...]]:
+    """Seconds of delay and preferred sizes of "50ms", "2s", "2", "50ms:4,8" or "": none."""
+    if not detail:
+        return 0.0, ()
+    delay, colon, sizes = detail.partition(":")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|)", delay)
     if match is None:
-        raise ValueError(f"'dynamic:{text}' needs a delay such as 50ms or 2s")
-    return float(match[1]) * UNITS[match[2]]
+        raise ValueError(f"'dynamic:{detail}' needs a delay such as 50ms or 2s")
+    seconds = float(match[1]) * UNITS[match[2]]
+    if colon and not (seconds and re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", sizes)):
+        raise ValueError(f"'dynamic:{detail}' needs a delay over 0 and sizes from 1 to 9999, such as dynamic:50ms:4,8")
+    return seconds, tuple(map(int, sizes.split(","))) if colon else ()
 
 
 def parse_count(name: str, text: str) -> int:

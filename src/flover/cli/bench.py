@@ -16,7 +16,7 @@ from flover.config import EngineConfig
 
 app = typer.Typer(help="Measure: throughput, latency, start-up; compare ways of scheduling on one workload.")
 
-Policy = Annotated[str, typer.Option(help="who serves: fused, serial, dynamic:50ms, concurrent:4, ...")]
+Policy = Annotated[str, typer.Option(help="who serves: fused, serial, dynamic:50ms:4,8, concurrent:4, ...")]
 Output = Annotated[Path | None, typer.Option("--output-json", help="everything, with each request")]
 Repeats = Annotated[int, typer.Option(help="runs, each with a seed of its own; more than one gives 95 % intervals")]
 Goodput = Annotated[

@@ -7,32 +7,30 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flover.bench.records import Job, Run
+from flover.bench.keep import check_output, provenance, write_json
+from flover.bench.records import Job, Record, Run, Watch
 from flover.bench.results import (
     Estimate,
     Numbers,
     block,
-    check_output,
     estimates_json,
     measure,
     over_repeats,
     parse_goals,
     percentile,
-    provenance,
     run_json,
-    write_json,
 )
-from flover.bench.systems import check_name, make_system, same_tokens
+from flover.bench.systems import check_name, make_system, same_tokens, split_names
 from flover.cli.bench import Load
 from flover.cli.bench_load import Source, make_source
 from flover.config import EngineConfig
@@ -54,7 +52,7 @@ class Bench:
     """A workload for this model and machine, and what a benchmark of it is kept with."""
 
     def __init__(self, load: Load, output: Path | None, options: Mapping[str, Any], **settings: Any) -> None:
-        check_output(output)
+        check_output(output, "--output-json")
         if load.dataset_name == "custom":
             raise ValueError("--dataset-name custom is for bench serve: here a trace of prompt_token_ids works")
         self.config = EngineConfig(**options)
@@ -92,21 +90,42 @@ class Bench:
             runs = []
             for i, jobs in enumerate(repeats):
                 title = policy if len(repeats) == 1 else f"{policy} {i + 1}/{len(repeats)}"
-                with bar(title, len(jobs)) as advance:
-                    runs.append(system.run(jobs, advance))
+                with bar(title, jobs) as watch:
+                    runs.append(system.run(jobs, watch))
             return runs
         finally:
             system.close()
 
 
+class _Bar(Progress):
+    """Looks at the records whenever it is drawn: a run that is timed does nothing for it."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            done, tokens = tally(task.fields["jobs"], task.fields["records"])
+            self.update(task.id, completed=tokens, done=f"{done}/{len(task.fields['jobs'])}")
+        return super().get_renderables()
+
+
+def tally(jobs: Sequence[Job], records: Sequence[Record]) -> tuple[int, int]:
+    """Requests that have ended and tokens so far, of an ended request all that it was to have."""
+    ended = [
+        record.error is not None or record.ended is not None or len(record.times) >= job.num_output
+        for job, record in zip(jobs, records)
+    ]
+    tokens = [job.num_output if end else len(r.times) for job, r, end in zip(jobs, records, ended)]
+    return sum(ended), sum(tokens)
+
+
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, if that is a terminal; -> a function to call with the number of finished requests."""
+def bar(title: str, jobs: Sequence[Job]) -> Iterator[Watch]:
+    """A progress bar on stderr, if that is a terminal; -> what watches the records of the run."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    counts = TextColumn("{task.fields[done]} requests, {task.completed}/{task.total} tokens")
+    columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeElapsedColumn())
+    with _Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        total = sum(job.num_output for job in jobs)
+        yield lambda records: progress.add_task(title, total=total, jobs=jobs, records=records)
 
 
 def run_throughput(
@@ -155,7 +174,7 @@ def run_compare(
     policies: str, load: Load, repeats: int, goodput: Sequence[str], output: Path | None, options: Mapping[str, Any]
 ) -> int:
     """The first policy is what ratios are of; -> 1 if a request failed."""
-    names = list(dict.fromkeys(name.strip() for name in policies.split(",") if name.strip()))
+    names = split_names(policies)
     if not names:
         raise ValueError(f"--policy names nothing to compare, got {policies!r}")
     for name in names:

@@ -23,17 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from flover.bench.keep import check_output, provenance, write_json
 from flover.bench.records import Job, Record, Run
 from flover.bench.results import (
     LATENCIES,
     block,
-    check_output,
     measure,
     over_repeats,
     parse_goals,
-    provenance,
     run_json,
-    write_json,
 )
 from flover.cli.bench import Load
 from flover.cli.bench_load import Source, make_source
@@ -106,7 +104,7 @@ def run_serve_bench(bench: ServeBench, load: Load, path: Path | None) -> int:
     from flover.bench.client import drive
 
     goals, metrics, percentiles = parse_goals(bench.goodput), bench.metrics(), bench.percentiles()
-    check_output(None if path is None or path.is_dir() else path)
+    check_output(path / "a.json" if path is not None and path.is_dir() else path, "--save-result")
     endpoint, limit = _endpoint(bench)
     tokenizer = _tokenizer(bench.tokenizer)
     source = make_source(load, VOCAB_SIZE, limit)
@@ -117,8 +115,8 @@ def run_serve_bench(bench: ServeBench, load: Load, path: Path | None) -> int:
     print(f"workload: {source.text}, seed {bench.seed}\nserver: {endpoint.url}, model {endpoint.model}", flush=True)
     _raise_file_limit()
     _warm_up(bench, endpoint, tokenizer, source)
-    with bar("requests", len(jobs)) as advance:
-        run = Run(endpoint.kind, drive(endpoint, jobs, prompts, bench.max_concurrency, advance))
+    with bar("requests", jobs) as watch:
+        run = Run(endpoint.kind, drive(endpoint, jobs, prompts, bench.max_concurrency, watch))
     numbers = measure(run, goals, percentiles)
     settings = {"max_concurrency": bench.max_concurrency, "request_rate": load.request_rate}
     known = {name: float(value) for name, value in settings.items() if value is not None and math.isfinite(value)}

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flover.bench.results import check_output, provenance, write_json
+from flover.bench.keep import check_output, provenance, write_json
 from flover.bench.startup import fresh
 from flover.config import EngineConfig
 from flover.engine.engine import survey
@@ -24,7 +24,7 @@ def run_startup(repeats: int, output: Path | None, options: Mapping[str, Any]) -
     """One process with an empty Triton cache, then `repeats` with the one that it left."""
     if repeats < 1:
         raise ValueError(f"--num-repeats must be at least 1, got {repeats}")
-    check_output(output)
+    check_output(output, "--output-json")
     survey(EngineConfig(**options))  # a mistake shows here rather than in another process
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="flover-triton-") as cache, console.status("a fresh process") as status:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flover.bench.keep import check_output
 from flover.cli.display import make_display
 from flover.cli.jobs import Job, OutputFile, prompt_jobs, read_jobs
 from flover.llm import LLM
@@ -40,6 +41,7 @@ def run_generate(
         raise ValueError("--output needs --input")
     if timeline is not None:
         check_timeline_path(timeline)
+        check_output(timeline, "--timeline")
     SamplingParams(**sampling)
     jobs = read_jobs(input) if input is not None else prompt_jobs(prompts)
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes to
 import torch
 
 from flover.anatomy import ATTENTION, OTHER, PRODUCT, TRANSFER, Row, short_name
-from flover.bench.results import write_json
+from flover.bench.keep import check_output, write_json
 from flover.bound import Bound, Limits, measured_limits
 from flover.config import EngineConfig, human
 from flover.engine.engine import EngineCore, survey
@@ -35,8 +35,7 @@ def run_profile(
     for name, value in (("context", context), ("steps", steps), ("prefill", prefill)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--output: folder {output.parent} does not exist")
+    check_output(output, "--output")
     config = EngineConfig(**options)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)

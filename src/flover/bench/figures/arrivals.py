@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flover.bench.figures import published
-from flover.bench.figures.context import OURS, Bench, Figure
+from flover.bench.figures.context import OURS, Bench
 from flover.bench.figures.digests import Data, seconds_by_rows
+from flover.bench.figures.figure import Figure
 from flover.bench.figures.scale import Bytes
 from flover.bench.figures.servers import MissingError
 from flover.bench.figures.theory import queue_ends, simulate

@@ -12,18 +12,18 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flover.bench.figures.digests import Data, Extra, Tokens, digest
+from flover.bench.figures.digests import Data, Extra, Tokens, digest, standstill
 from flover.bench.figures.pieces import Budget, Pace, Pieces, Todo, mark
 from flover.bench.figures.scale import Bytes, Scale
 from flover.bench.figures.servers import MissingError, Servers, logit_gap
+from flover.bench.keep import provenance
 from flover.bench.records import Job, Run, System
-from flover.bench.results import provenance
 from flover.bench.workload import Interval, fixed, make_jobs
 from flover.config import DTYPE_BYTES, EngineConfig
 from flover.engine.engine import detect_hardware, survey
@@ -33,32 +33,6 @@ from flover.resolve import resolve
 
 OURS = "fused:move"  # the system that stands for Flover: the paper's buffer reordering
 STEP_TOKENS = 512  # budget of a step: 32 prompts of 8 tokens and their decode, at once
-
-
-@dataclass(slots=True)
-class Figure:
-    """What a figure function gives. `paper` and `ours` have the same keys where they can be compared.
-
-    Args:
-        verdict: begins with "Reproduced", "Partly" or "No", or with "Gap" if nothing could run.
-        rows: of the figure's table, flat.
-        tokens: rows of `agree`, one a run; none where no token is generated.
-        plot: what the picture needs beside the rows.
-    """
-
-    paper: Data
-    ours: Data
-    verdict: str
-    rows: list[Data]
-    tokens: list[Data] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    gaps: list[Data] = field(default_factory=list)
-    plot: Data = field(default_factory=dict)
-
-
-def grade(*held: bool) -> str:
-    """The first word of a verdict: all, some or none of what was claimed."""
-    return "Reproduced" if all(held) else "Partly" if any(held) else "No"
 
 
 class Bench:
@@ -93,6 +67,7 @@ class Bench:
         self.budget, self.planning = Budget(budget), False
         self.todo: list[Todo] = []  # of a planning pass, which runs nothing
         self.unmeasured: list[Data] = []
+        self.stood_still: dict[str, tuple[float, float]] = {}  # cells that were used, `digests.standstill`
         made_by = provenance(self.device)
         made_by["machine"] = self.machine
         self.pieces = Pieces(folder / "pieces", {k: made_by[k] for k in ("date", "commit", "machine")}, overwrite)
@@ -255,7 +230,10 @@ class Bench:
         missing = [cell for cell, data in found.items() if data is None]
         if missing:
             self.unmeasured.append({"what": f"{piece}: {'; '.join(missing)}", "why": self._why(model)})
-        return {cell: data for cell, data in found.items() if data is not None}
+        made = {cell: data for cell, data in found.items() if data is not None}
+        still = {", ".join(filter(None, (piece, cell))): standstill(data) for cell, data in made.items()}
+        self.stood_still |= {cell: spans for cell, spans in still.items() if spans}
+        return made
 
     def _why(self, model: str) -> str:
         if self.only and model not in self.only:

@@ -14,6 +14,7 @@ Data = dict[str, Any]
 Tokens = Sequence[Sequence[int]]
 Extra = Callable[[Run], Data]
 POINTS = 200  # of a curve
+STILL = 20, 0.1  # a step that takes so many medians and so many seconds is none of the system's own
 
 
 def partings(tokens: Tokens, reference: Tokens) -> list[int | None]:
@@ -67,6 +68,7 @@ def digest(run: Run, jobs: Sequence[Job], reference: Tokens) -> Data:
             "kv_moved_bytes": sum(s.kv_moved_bytes for s in run.steps),
             "kv_token_bytes_read": float(sum(s.kv_used_bytes for s in steps)),
             "step_times": step_times(run),
+            "step_spans": step_spans(run),
             "busy": busy_seconds(run),
             "reorder_host": run.reorder_host,
             "reorder_device": run.reorder_device,
@@ -90,6 +92,21 @@ def step_times(run: Run) -> list[list[float]]:
         if step.num_decode_tokens and not step.num_prefill_tokens and step.start < before.end:
             found.setdefault(step.num_running + step.num_dead_rows, []).append(step.end - before.end)
     return [[rows, len(times), statistics.median(times)] for rows, times in sorted(found.items())]
+
+
+def step_spans(run: Run) -> list[float]:
+    """Median and longest seconds from a step's plan to its result; a busy engine always has one under way."""
+    spans = [step.end - step.start for step in run.steps]
+    return [statistics.median(spans), max(spans)]
+
+
+def standstill(data: Data) -> tuple[float, float] | None:
+    """Longest and median seconds of a run's steps if it stood still, as on a machine that others disturb.
+
+    None: it did not, or there are no steps, or it is of the time before this was kept.
+    """
+    median, longest = data.get("step_spans", (0.0, 0.0))
+    return (longest, median) if longest > max(STILL[0] * median, STILL[1]) else None
 
 
 def seconds_by_rows(runs: Sequence[Data]) -> Callable[[int], float] | None:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from flover.bench.figures.digests import Data
 from flover.bench.figures.scale import Bytes
 from flover.bench.figures.theory import queue_ends, simulate
+from flover.bench.keep import write_json
 from flover.bench.records import Job
-from flover.bench.results import write_json
-from flover.bench.systems import parse_delay
+from flover.bench.systems import parse_dynamic
 
 GUESS = {"cuda": (3e12, 0.0, 15.0), "cpu": (5e9, 2e-3, 0.5)}  # bytes/s, seconds of an empty step, of loading a model
 CAPTURE_SECONDS = 0.7  # of an instance
@@ -110,7 +110,7 @@ class Pace(NamedTuple):
         if kind == "fused":
             return simulate(jobs, lambda rows, held: self.step(held) if rows else 0.0).seconds
         if kind == "dynamic":  # the first batch, and one of all that came meanwhile
-            waits = jobs[-1].arrival + (parse_delay(detail) if detail else 0.0)
+            waits = jobs[-1].arrival + parse_dynamic(detail)[0]
             return waits + 2 * self.seconds("fused", [job._replace(arrival=0.0) for job in jobs])
         each = [job.num_output * self.step(len(job.prompt) + job.num_output / 2) for job in jobs]
         return queue_ends([job.arrival for job in jobs], each)[-1]

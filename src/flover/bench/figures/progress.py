@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Bench, Figure, grade
+from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import Data, curves_of
+from flover.bench.figures.figure import Figure, grade
 from flover.bench.figures.headline import cells, measure_cells
 from flover.bench.figures.servers import MissingError
 from flover.bench.figures.theory import queue_ends

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from flover.bench.figures import published
-from flover.bench.figures.context import Bench, Figure, grade
+from flover.bench.figures.context import Bench
 from flover.bench.figures.digests import Data
+from flover.bench.figures.figure import Figure, grade
 from flover.bench.figures.pieces import Todo
 from flover.bench.figures.scale import SHAPES
 from flover.bench.figures.servers import MissingError

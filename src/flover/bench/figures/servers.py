@@ -8,7 +8,7 @@ from flover.bench.engines import DynamicSystem, EngineSystem, Parting
 from flover.bench.figures.digests import Tokens, partings
 from flover.bench.instances import InstancesSystem
 from flover.bench.records import Job, Run, System
-from flover.bench.systems import make_system, parse_delay
+from flover.bench.systems import make_system, parse_dynamic
 from flover.config import EngineConfig
 
 GAP_SAMPLES = 4  # requests of a run whose logits are looked at where their tokens part
@@ -45,7 +45,8 @@ class Servers:
             self._key = _key(name, config)
         assert self._server is not None
         if isinstance(self._server, DynamicSystem):
-            self._server.name, self._server.delay = name, parse_delay(name.partition(":")[2] or "0")
+            self._server.name = name
+            self._server.delay, self._server.preferred = parse_dynamic(name.partition(":")[2])
         return self._server
 
     def close(self) -> None:
