@@ -217,7 +217,7 @@ def paper(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="what `flover bench paper --output` has written")],
-    output: Annotated[Path, typer.Option(help="one self-contained HTML file")] = Path("report.html"),
+    output: Annotated[Path | None, typer.Option(help="one HTML file, self-contained (FOLDER/report.html)")] = None,
 ) -> int:
     """The figures of a folder as one page: the paper's numbers beside ours, charts, tables, timelines."""
     from flover.cli.bench_report import run_report
