@@ -17,6 +17,7 @@ import pytest
 from flover.bench.report import cell
 from flover.bench.report_tables import tables_of
 from flover.bench.report_timeline import TimelineView
+from flover.cli import main
 from flover.cli.bench_report import run_report
 from flover.metrics import StepStats, Timeline
 
@@ -240,12 +241,22 @@ def test_a_folder_without_figures_is_refused_and_nothing_is_written(tmp_path: Pa
     output = tmp_path / "report.html"
     with pytest.raises(ValueError, match="holds no figure"):
         run_report(tmp_path, output)
-    with pytest.raises(ValueError, match="not a folder"):
-        run_report(tmp_path / "none", output)
+    for where in (output, None):
+        with pytest.raises(ValueError, match="not a folder"):
+            run_report(tmp_path / "none", where)
     put(tmp_path, "4a")
     with pytest.raises(ValueError, match="--output"):
         run_report(tmp_path, tmp_path / "no" / "report.html")
     assert not output.exists()
+
+
+def test_the_page_lies_beside_its_figures_unless_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder := tmp_path / "figures").mkdir()
+    put(folder, "4a")
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "report", "figures"]) == 0
+    assert (folder / "report.html").exists()
+    assert not Path("report.html").exists()
 
 
 def test_charts_know_keys_from_measures() -> None:

@@ -203,6 +203,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["generate", ""], "prompt is empty"),
     (["generate", "x", "--temprature", "1"], "No such option: --temprature"),
     (["generate", "x", "--temperature", "warm"], "Invalid value for '--temperature'"),
+    (["generate", "x", "--max-num-seqs", "few"], "'few'"),
     (["generate", "x", "--temperature", "nan"], "temperature must be in"),
     (["generate", "x", "--top-p", "0"], "top_p must be in (0, 1], got 0"),
     (["generate", "x", "--logit-bias", "5"], "logit_bias must be ID=VALUE, got '5'"),

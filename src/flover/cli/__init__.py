@@ -212,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage = getattr(error, "format_message", None)  # of click, or typer's copy of it
         if usage is None:
             raise
-        return _fail(usage())
+        wrong = getattr(error.__cause__, "errors", None)  # of pydantic, with which typer reads numbers
+        return _fail(usage() + (f", got {wrong()[0]['input']!r}" if wrong else ""))
 
 
 def _serve_rank_0(arguments: Sequence[str]) -> int | None:

@@ -148,7 +148,10 @@ def latency(
 @with_options("policy", "custom_output_len", load=Load, engine=EngineConfig)
 def compare(
     *,
-    policy: Annotated[str, typer.Option(help="those to compare")] = "serial,concurrent,dynamic:50ms,fused",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="those to compare; may be repeated (default serial,concurrent,dynamic:50ms,fused)"),
+    ] = None,
     num_repeats: Repeats = 1,
     goodput: Goodput = None,
     output_json: Output = None,
@@ -158,7 +161,8 @@ def compare(
     """Several policies on the same requests: a table with ratios, and whether their tokens are those of serial."""
     from flover.cli.bench_run import run_compare
 
-    return run_compare(policy, Load(**load), num_repeats, goodput or [], output_json, engine)
+    policies = "serial,concurrent,dynamic:50ms,fused" if policy is None else ",".join(policy)
+    return run_compare(policies, Load(**load), num_repeats, goodput or [], output_json, engine)
 
 
 @app.command()
@@ -213,7 +217,7 @@ def paper(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="what `flover bench paper --output` has written")],
-    output: Annotated[Path, typer.Option(help="one self-contained HTML file")] = Path("report.html"),
+    output: Annotated[Path | None, typer.Option(help="one HTML file, self-contained (FOLDER/report.html)")] = None,
 ) -> int:
     """The figures of a folder as one page: the paper's numbers beside ours, charts, tables, timelines."""
     from flover.cli.bench_report import run_report

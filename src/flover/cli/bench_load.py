@@ -178,7 +178,10 @@ def _law(text: str, load: Load, which: str) -> Uniform | Lognormal:
         return Uniform(max(round(numbers[0] * (1 - ratio)), 1), round(numbers[0] * (1 + ratio)))
     if ratio:
         raise ValueError(f"--random-range-ratio goes with lengths such as 128, got --{which}-len {text}")
-    return Uniform(*numbers) if name == "uniform" else Lognormal.of(*numbers)
+    try:
+        return Uniform(*numbers) if name == "uniform" else Lognormal.of(*numbers)
+    except ValueError as error:
+        raise ValueError(f"--{which}-len {text}: {error}") from None
 
 
 def _range(law: Uniform | Lognormal, text: str) -> str:

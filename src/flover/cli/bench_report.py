@@ -8,9 +8,10 @@ from flover.bench.keep import check_output
 from flover.bench.report import report
 
 
-def run_report(folder: Path, output: Path) -> int:
-    """Write the page and say where it is."""
+def run_report(folder: Path, output: Path | None = None) -> int:
+    """Write the page, beside its figures unless told where, and say where it is."""
     check_output(output, "--output")
+    output = output or folder / "report.html"
     count = report(folder, output)
     print(f"{count} figure{'s' * (count != 1)}: {output}")
     return 0
