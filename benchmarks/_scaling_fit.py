@@ -53,7 +53,7 @@ def _points() -> list[Point]:
     for row in json.loads((RESULTS / "gpu_llama3-8b.json").read_text())["prefill"]:
         points.append(Point("llama3-8b", 0, row["length"], row["ms"] / row["prompts"], True))
     points += decode("gpt2-xl", "gpt2-xl", True, most=1)
-    points += decode("llama3-8b fp8", "llama3-8b_fp8_w8a8_fp8", True)
+    points += decode("llama3-8b fp8", "llama3-8b_fp8", True)
     return points + decode("gptj-6b", "gptj-6b", False) + decode("llama2-7b", "llama2-7b", False)
 
 
