@@ -152,7 +152,7 @@ def test_tilings():
             for k in (688, 1600, 4096, 5120, 11008, 14336):
                 t = quantised.tiling(rows, n, k, 132)
                 assert t.split_k == 1 or k % (t.block_k * t.split_k) == 0
-                block_m = quantised._block_m(rows)
+                block_m = quantised.block_m(rows)
                 assert t.num_stages * t.block_k * (t.block_n + 2 * block_m) <= 220 * 1024
     assert quantised.tiling(8, 4096, 4096, 132).split_k == 2
 

@@ -12,9 +12,75 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flover.kernels.triton.attention_tile import _attend, _query, _scores, _slots
+from flover.kernels.triton.attention_tile import Cache, Fixed, Score, _attend, _query, _scores, _slots
 from flover.kernels.triton.common import grid_launch, grid_wait, prefetch
 from flover.kernels.triton.rotary import _rotated, _to_cache
+
+
+@triton.jit
+def _share(length, split, SPLITS: tl.constexpr, SPLIT_UNIT: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys [begin, end) of a split, and how many splits have any."""
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
+    per_split = tl.cdiv(tl.cdiv(length - first, SPLITS), SPLIT_UNIT) * SPLIT_UNIT
+    used = tl.cdiv(length - first, tl.maximum(per_split, 1))
+    begin = first + split * per_split
+    return begin, tl.minimum(begin + per_split, length), used
+
+
+@triton.jit
+def _entry_cache(k_cache, v_cache, block_table, row, stride_table, head, BLOCK_SIZE: tl.constexpr):
+    table = block_table + row.to(tl.int64) * stride_table
+    base = tl.load(table).to(tl.int64) * BLOCK_SIZE
+    return Cache(k_cache, v_cache, table, base, head)
+
+
+@triton.jit
+def _prefetch_tile(cache, begin, end, BLOCK_D: tl.constexpr, FIXED: tl.constexpr):
+    """The first tile of K and V of keys [begin, end) into L2."""
+    LINE: tl.constexpr = 1024 // cache.k.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
+    keys = begin + tl.arange(0, FIXED.BLOCK_N)
+    inside = keys < end
+    places = tl.where(inside, _slots(cache, keys, inside, FIXED, True), 0)
+    of_key = tl.minimum(tl.arange(0, LINES) * LINE, FIXED.HEAD_DIM - 1)
+    where = ((places * FIXED.KV_HEADS + cache.head) * FIXED.HEAD_DIM)[:, None] + of_key[None, :]
+    prefetch(cache.k + where)
+    prefetch(cache.v + where)
+
+
+@triton.jit
+def _newest(q, k, v, position, counts, score, FIXED: tl.constexpr):
+    """The state of `_attend` after one key that is in registers; where it does not count, before any."""
+    s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
+    s = _scores(s[:, None], position + tl.arange(0, 1), score, FIXED)
+    m = tl.where(counts, tl.sum(s, 1), float("-inf"))
+    total = tl.where(counts, tl.full([q.shape[0]], 1.0, tl.float32), 0.0)
+    acc = tl.where(counts, tl.zeros(q.shape, tl.float32) + v.to(tl.float32)[None, :], 0.0)
+    return m, total, acc
+
+
+@triton.jit
+def _merged(part_acc, part_m, first, used, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """total and acc of the shares first, first + 1, ...: in order, so that the result is always the same."""
+    real = h < group
+    mask = real[:, None] & (d < HEAD_DIM)[None, :]
+    m = tl.full(h.shape, float("-inf"), tl.float32)
+    total = tl.zeros(h.shape, tl.float32)
+    acc = tl.zeros(mask.shape, tl.float32)
+    for i in range(used):
+        part = first + i
+        m_i = tl.load(part_m + part * 2 * group + h, mask=real, other=0.0, cache_modifier=".cg")
+        total_i = tl.load(part_m + (part * 2 + 1) * group + h, mask=real, other=1.0, cache_modifier=".cg")
+        where = (part * group + h[:, None]) * HEAD_DIM + d[None, :]
+        acc_i = tl.load(part_acc + where, mask=mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(m, m_i)
+        a, b = tl.exp2(m - higher), tl.exp2(m_i - higher)
+        total = total * a + total_i * b
+        acc = acc * a[:, None] + acc_i * b[:, None]
+        m = higher
+    return total, acc
 
 
 @triton.jit(
@@ -71,27 +137,14 @@ def decode(
     grid_launch(PDL)
     head, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = NUM_HEADS // KV_HEADS
+    FIXED: tl.constexpr = Fixed(
+        KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI, ASM=PDL
+    )  # fmt: skip
     length = tl.load(seq_lens + entry)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0)
-    per_split = tl.cdiv(tl.cdiv(length - first, SPLITS), SPLIT_UNIT) * SPLIT_UNIT
-    used = tl.cdiv(length - first, tl.maximum(per_split, 1))
-    begin = first + split * per_split
-    end = tl.minimum(begin + per_split, length)
-    table = block_table + tl.load(rows + entry).to(tl.int64) * stride_table
-    base = tl.load(table).to(tl.int64) * BLOCK_SIZE
-    if PDL:  # noqa: SIM102  # all keys but the newest are there: the first tile comes into L2 while q is made
-        if begin < length:
-            LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-            LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
-            keys = begin + tl.arange(0, BLOCK_N)
-            old = keys < tl.minimum(end, length - 1)
-            places = tl.where(old, _slots(table, keys, old, base, BLOCK_SIZE, CONTIGUOUS, True), 0)
-            of_key = tl.minimum(tl.arange(0, LINES) * LINE, HEAD_DIM - 1)
-            where = ((places * KV_HEADS + head) * HEAD_DIM)[:, None] + of_key[None, :]
-            prefetch(k_cache + where)
-            prefetch(v_cache + where)
+    begin, end, used = _share(length, split, SPLITS, SPLIT_UNIT, WINDOW)
+    cache = _entry_cache(k_cache, v_cache, block_table, tl.load(rows + entry), stride_table, head, BLOCK_SIZE)
+    if PDL and begin < length:
+        _prefetch_tile(cache, begin, tl.minimum(end, length - 1), BLOCK_D, FIXED)
     grid_wait(PDL)
     if begin < length:
         h = tl.arange(0, GROUP)
@@ -103,13 +156,9 @@ def decode(
         token = entry.to(tl.int64)
         query = q + token * stride_q + q_head[:, None] * HEAD_DIM + d[None, :]
         key = k + token * stride_k + head * HEAD_DIM + d
-        if PAIRS > 0:
-            c, s = cos + token * PAIRS, sin + token * PAIRS
-            q_tile = _rotated(query, mask, d[None, :], c, s, PAIRS, INTERLEAVED)
-            new_k = _rotated(key, inside, d, c, s, PAIRS, INTERLEAVED)
-        else:
-            q_tile = tl.load(query, mask=mask, other=0.0)
-            new_k = tl.load(key, mask=inside, other=0.0)
+        c, s = cos + token * PAIRS, sin + token * PAIRS
+        q_tile = _rotated(query, mask, d[None, :], c, s, PAIRS, INTERLEAVED)
+        new_k = _rotated(key, inside, d, c, s, PAIRS, INTERLEAVED)
         new_v = tl.load(v + token * stride_v + head * HEAD_DIM + d, mask=inside, other=0.0)
         new_k, new_v = _to_cache(new_k, k_cache), _to_cache(new_v, v_cache)
         last = end == length
@@ -122,73 +171,25 @@ def decode(
         slopes = h.to(tl.float32)
         if ALIBI:
             slopes = tl.load(slopes_ptr + q_head, mask=real, other=0.0).to(tl.float32)
-        own = tl.sum(q_tile.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
-        own = _scores(own[:, None], length - 1 + tl.arange(0, 1), slopes, scale, softcap, SOFTCAP, ALIBI)
-        m, total, acc = _attend(
-            tl.where(last, tl.sum(own, 1), float("-inf")),
-            tl.where(last, tl.full([GROUP], 1.0, tl.float32), 0.0),
-            tl.where(last, tl.zeros([GROUP, BLOCK_D], tl.float32) + new_v.to(tl.float32)[None, :], 0.0),
-            q_tile,
-            h,  # not read: the one query sees every key
-            slopes,
-            k_cache,
-            v_cache,
-            table,
-            base,
-            head,
-            begin,
-            tl.minimum(end, length - 1),
-            scale,
-            softcap,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_N,
-            BLOCK_SIZE,
-            CONTIGUOUS,
-            WINDOW,
-            SOFTCAP,
-            ALIBI,
-            EDGE=True,
-            MASKED=False,
-            ASM=PDL,
-        )
-        o = out + (entry.to(tl.int64) * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
-        if SPLITS == 1:
+        score = Score(scale, softcap, slopes)
+        state = _newest(q_tile, new_k, new_v, length - 1, last, score, FIXED)
+        q_pos = h  # not read: the one query sees every key
+        old = tl.minimum(end, length - 1)
+        m, total, acc = _attend(state, q_tile, q_pos, cache, score, begin, old, FIXED, EDGE=True, MASKED=False)
+        o = out + (token * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
+        if SPLITS == 1 or used == 1:
             tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
-        else:
-            if used == 1:
+        else:  # only real heads go through memory
+            unit = token * KV_HEADS + head
+            part = unit * SPLITS + split
+            tl.store(part_acc + (part * group + h[:, None]) * HEAD_DIM + d[None, :], acc, mask=mask)
+            tl.store(part_m + part * 2 * group + h, m, mask=real)
+            tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
+            tl.debug_barrier()
+            if tl.atomic_add(arrived + unit, 1, sem="acq_rel") == used - 1:
+                total, acc = _merged(part_acc, part_m, unit * SPLITS, used, h, d, group, HEAD_DIM)
                 tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
-            else:  # only real heads go through memory
-                unit = entry.to(tl.int64) * KV_HEADS + head
-                part = unit * SPLITS + split
-                tl.store(part_acc + (part * group + h[:, None]) * HEAD_DIM + d[None, :], acc, mask=mask)
-                tl.store(part_m + part * 2 * group + h, m, mask=real)
-                tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
-                tl.debug_barrier()
-                if tl.atomic_add(arrived + unit, 1, sem="acq_rel") == used - 1:
-                    m = tl.full([GROUP], float("-inf"), tl.float32)
-                    total = tl.zeros([GROUP], tl.float32)
-                    acc = tl.zeros([GROUP, BLOCK_D], tl.float32)
-                    for i in range(used):  # in order, so that the result is always the same
-                        other = unit * SPLITS + i
-                        m_i = tl.load(part_m + other * 2 * group + h, mask=real, other=0.0, cache_modifier=".cg")
-                        total_i = tl.load(
-                            part_m + (other * 2 + 1) * group + h, mask=real, other=1.0, cache_modifier=".cg"
-                        )
-                        acc_i = tl.load(
-                            part_acc + (other * group + h[:, None]) * HEAD_DIM + d[None, :],
-                            mask=mask,
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-                        higher = tl.maximum(m, m_i)
-                        a, b = tl.exp2(m - higher), tl.exp2(m_i - higher)
-                        total = total * a + total_i * b
-                        acc = acc * a[:, None] + acc_i * b[:, None]
-                        m = higher
-                    tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
-                    tl.store(arrived + unit, 0)
+                tl.store(arrived + unit, 0)
 
 
 @triton.jit(
@@ -239,6 +240,9 @@ def prefill(
     Keys begin at a multiple of BLOCK_N, so that tiles of keys are the same for every query. Those that some query of
     the tile does not see, at the diagonal and at the far edge of a window, are masked; what lies between is not.
     """
+    FIXED: tl.constexpr = Fixed(
+        KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI, ASM=PDL
+    )  # fmt: skip
     grid_launch(PDL)
     tile = tl.program_id(1)
     grid_wait(PDL)
@@ -248,14 +252,13 @@ def prefill(
         first_query = tl.load(query_start + entry)
         q_len = tl.load(query_start + entry + 1) - first_query
         start = tl.load(tile_start + tile)
-        row = tl.arange(0, BLOCK_M)
-        index = start + row // PACK  # of the query within its entry
-        q_head = tl.program_id(0) * PACK + row % PACK
+        i = tl.arange(0, BLOCK_M)
+        index = start + i // PACK  # of the query within its entry
+        q_head = tl.program_id(0) * PACK + i % PACK
         q_pos = index + (length - q_len)
         mine = (index >= 0) & (index < q_len)
-        table = block_table + tl.load(rows + entry).to(tl.int64) * stride_table
-        base = tl.load(table).to(tl.int64) * BLOCK_SIZE
         head = tl.program_id(0) * PACK // (NUM_HEADS // KV_HEADS)
+        cache = _entry_cache(k_cache, v_cache, block_table, tl.load(rows + entry), stride_table, head, BLOCK_SIZE)
         d = tl.arange(0, BLOCK_D)
         q_mask = mine[:, None] & (d < HEAD_DIM)[None, :]
         token = (first_query + index).to(tl.int64)
@@ -265,6 +268,7 @@ def prefill(
         slopes = tl.zeros([BLOCK_M], tl.float32)
         if ALIBI:
             slopes += tl.load(slopes_ptr + q_head).to(tl.float32)
+        score = Score(scale, softcap, slopes)
         first = start + length - q_len  # position of the tile's first query
         last = first + BLOCK_M // PACK  # behind its last one
         end = tl.minimum(last, length)
@@ -273,26 +277,13 @@ def prefill(
             begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         diagonal = (first + 1) // BLOCK_N * BLOCK_N  # every query sees the keys before it, but for the window
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        state = (m, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
         if WINDOW > 0:
             left = begin  # keys that the last query no longer sees
             begin = tl.cdiv(tl.maximum(last - WINDOW, 0), BLOCK_N) * BLOCK_N
             begin = tl.minimum(begin, diagonal)
-            m, total, acc = _attend(
-                m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, left, begin, scale, softcap,
-                KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
-                EDGE=False, MASKED=True, ASM=PDL,
-            )  # fmt: skip
-        m, total, acc = _attend(
-            m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, begin, diagonal, scale, softcap,
-            KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
-            EDGE=False, MASKED=False, ASM=PDL,
-        )  # fmt: skip
-        m, total, acc = _attend(
-            m, total, acc, q_tile, q_pos, slopes, k_cache, v_cache, table, base, head, diagonal, end, scale, softcap,
-            KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI,
-            EDGE=True, MASKED=True, ASM=PDL,
-        )  # fmt: skip
+            state = _attend(state, q_tile, q_pos, cache, score, left, begin, FIXED, EDGE=False, MASKED=True)
+        state = _attend(state, q_tile, q_pos, cache, score, begin, diagonal, FIXED, EDGE=False, MASKED=False)
+        m, total, acc = _attend(state, q_tile, q_pos, cache, score, diagonal, end, FIXED, EDGE=True, MASKED=True)
         o = out + (token[:, None] * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
         tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)

@@ -5,22 +5,56 @@ K and V are converted to q's dtype as they are read, so a cache may be fp8.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+class Fixed(NamedTuple):
+    """What a kernel is compiled for; no tensor, so that it stays a constant where it is passed on."""
+
+    KV_HEADS: Any
+    HEAD_DIM: Any
+    BLOCK_N: Any  # keys of a tile
+    BLOCK_SIZE: Any
+    CONTIGUOUS: Any
+    WINDOW: Any
+    SOFTCAP: Any
+    ALIBI: Any
+    ASM: Any  # of Hopper and newer
+
+
+class Cache(NamedTuple):
+    """The keys and values of an entry and one kv head."""
+
+    k: Any
+    v: Any
+    table: Any  # row of the block table
+    base: Any  # first slot of a slab's row
+    head: Any
+
+
+class Score(NamedTuple):
+    """What becomes of a product of query and key."""
+
+    scale: Any
+    softcap: Any
+    slopes: Any  # [M], of ALiBi
+
+
 @triton.jit
-def _slots(table, keys, inside, base, BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, EDGE: tl.constexpr):
-    """Flat cache index of each key, int64; base: of a slab's row."""
-    if CONTIGUOUS:
-        return base + keys
+def _slots(cache, keys, inside, FIXED: tl.constexpr, EDGE: tl.constexpr):
+    """Flat cache index of each key, int64."""
+    if FIXED.CONTIGUOUS:
+        return cache.base + keys
     if EDGE:
-        block = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0)
+        block = tl.load(cache.table + keys // FIXED.BLOCK_SIZE, mask=inside, other=0)
     else:
-        block = tl.load(table + keys // BLOCK_SIZE)
-    return block.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+        block = tl.load(cache.table + keys // FIXED.BLOCK_SIZE)
+    return block.to(tl.int64) * FIXED.BLOCK_SIZE + keys % FIXED.BLOCK_SIZE
 
 
 @triton.jit
@@ -36,15 +70,15 @@ def _load_tile(tile, inside, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, E
 
 
 @triton.jit
-def _scores(s, keys, slopes, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+def _scores(s, keys, score, FIXED: tl.constexpr):
     """Scores in units of log2."""
-    if not SOFTCAP and not ALIBI:
-        return s * (scale * LOG2_E)
-    s = s * scale
-    if SOFTCAP:
-        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh
-    if ALIBI:
-        s += slopes[:, None] * keys[None, :]
+    if not FIXED.SOFTCAP and not FIXED.ALIBI:
+        return s * (score.scale * LOG2_E)
+    s = s * score.scale
+    if FIXED.SOFTCAP:
+        s = score.softcap * (2.0 * tl.sigmoid(2.0 * s / score.softcap) - 1.0)  # tanh
+    if FIXED.ALIBI:
+        s += score.slopes[:, None] * keys[None, :]
     return s * LOG2_E
 
 
@@ -73,68 +107,55 @@ def _halves(pairs, ASM: tl.constexpr):
 
 @triton.jit
 def _attend(
-    m,  # [M] maxima so far
-    total,  # [M] sums
-    acc,  # [M, BLOCK_D] unnormalised output
+    state,  # m [M] maxima so far, total [M] sums, acc [M, BLOCK_D] unnormalised output
     q,  # [M, BLOCK_D]
     q_pos,  # [M] position of each query
-    slopes,
-    k_cache,
-    v_cache,
-    table,
-    base,
-    head,
+    cache,
+    score,
     begin,
-    end,  # keys
-    scale,
-    softcap,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr,
+    end,
+    FIXED: tl.constexpr,
     EDGE: tl.constexpr,  # the last tile may end before `end` does
     MASKED: tl.constexpr,  # some query may not see some key: it comes later, or has left the window
-    ASM: tl.constexpr,  # of Hopper and newer
 ):
-    """Online softmax over keys [begin, end) in tiles of BLOCK_N; -> m, total, acc.
+    """Online softmax over keys [begin, end) in tiles of BLOCK_N; -> state.
 
     fp8 is read in pairs, each half of which has its own product: 8-bit elements would reach the matrix unit, which
     wants V transposed, one by one.
     """
-    FP8: tl.constexpr = k_cache.dtype.element_ty == tl.float8e4nv
-    WIDTH: tl.constexpr = 2 if FP8 else 1  # elements of a load
-    d = tl.arange(0, BLOCK_D // WIDTH)
+    m, total, acc = state
+    FP8: tl.constexpr = cache.k.dtype.element_ty == tl.float8e4nv
+    PER_LOAD: tl.constexpr = 2 if FP8 else 1  # elements
+    HEAD_DIM: tl.constexpr = FIXED.HEAD_DIM // PER_LOAD
+    M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1] // PER_LOAD
+    d = tl.arange(0, BLOCK_D)
+    k_cache, v_cache = cache.k, cache.v
     if FP8:
         k_cache = k_cache.to(tl.pointer_type(tl.uint16))
         v_cache = v_cache.to(tl.pointer_type(tl.uint16))
-        M: tl.constexpr = q.shape[0]
-        q, q2 = tl.split(tl.reshape(q, [M, BLOCK_D // 2, 2]))
-        acc, acc2 = tl.split(tl.reshape(acc, [M, BLOCK_D // 2, 2]))
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
+        q, q2 = tl.split(tl.reshape(q, [M, BLOCK_D, 2]))
+        acc, acc2 = tl.split(tl.reshape(acc, [M, BLOCK_D, 2]))
+    for start in range(begin, end, FIXED.BLOCK_N):
+        keys = start + tl.arange(0, FIXED.BLOCK_N)
         inside = keys < end
-        slots = _slots(table, keys, inside, base, BLOCK_SIZE, CONTIGUOUS, EDGE)
-        where = ((slots * KV_HEADS + head) * (HEAD_DIM // WIDTH))[:, None] + d[None, :]
-        k = _load_tile(k_cache + where, inside, d, HEAD_DIM // WIDTH, BLOCK_D // WIDTH, EDGE)
-        v = _load_tile(v_cache + where, inside, d, HEAD_DIM // WIDTH, BLOCK_D // WIDTH, EDGE)
+        slots = _slots(cache, keys, inside, FIXED, EDGE)
+        where = ((slots * FIXED.KV_HEADS + cache.head) * HEAD_DIM)[:, None] + d[None, :]
+        k = _load_tile(k_cache + where, inside, d, HEAD_DIM, BLOCK_D, EDGE)
+        v = _load_tile(v_cache + where, inside, d, HEAD_DIM, BLOCK_D, EDGE)
         if FP8:
-            k, k2 = _halves(k, ASM)
-            v, v2 = _halves(v, ASM)
+            k, k2 = _halves(k, FIXED.ASM)
+            v, v2 = _halves(v, FIXED.ASM)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if FP8:
             s = tl.dot(q2, tl.trans(k2.to(q.dtype)), s, input_precision="ieee")
-        s = _scores(s, keys, slopes, scale, softcap, SOFTCAP, ALIBI)
+        s = _scores(s, keys, score, FIXED)
         if EDGE:
             s = tl.where(inside[None, :], s, float("-inf"))
         if MASKED:
             visible = keys[None, :] <= q_pos[:, None]
-            if WINDOW > 0:
-                visible = visible & (keys[None, :] > q_pos[:, None] - WINDOW)
+            if FIXED.WINDOW > 0:
+                visible = visible & (keys[None, :] > q_pos[:, None] - FIXED.WINDOW)
             s = tl.where(visible, s, float("-inf"))
         higher = tl.maximum(m, tl.max(s, 1))
         safe = higher

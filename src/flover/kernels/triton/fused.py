@@ -206,6 +206,12 @@ def _activate(x, NAME: tl.constexpr):
 
 
 @triton.jit
+def _gated(gate, up, DTYPE: tl.constexpr, NAME: tl.constexpr):
+    """act(gate) * up, rounded to DTYPE where the separate steps round."""
+    return _activate(gate.to(DTYPE).to(tl.float32), NAME).to(DTYPE) * up.to(DTYPE)
+
+
+@triton.jit
 def _gate(
     x,
     out,

@@ -1,7 +1,8 @@
 """Linear layers: cuBLAS, except where it leaves bandwidth unused or a row's bits must not depend on other rows.
 
 At few rows a product is a stream of its weight; product.py holds the kernels for that, wide.py the one for gate and up
-of some more. The choice was measured (docs/performance.md): cuBLAS streams wide weights as fast, narrow ones not.
+of some more. The choice was measured (docs/performance.md): cuBLAS keeps many rows, an output head, and what no tiling
+cuts so that it just fills the GPU.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from flover.kernels.triton.fused import gated
-from flover.kernels.triton.product import Tiling, _launch, _launch_one
+from flover.kernels.triton.product import HALF, Tiling, _launch, _launch_invariant, _launch_one, block_m
 from flover.kernels.triton.wide import ROWS, cut_for, gated_wide
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
-HALF = (torch.float16, torch.bfloat16)  # fp32 products are bound by arithmetic
 MAX_FEATURES = 65536  # cuBLAS streams an output head as fast as there is memory
 
 
@@ -68,15 +67,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: b
     batch_invariant: one tiling whatever the number of tokens, which sums in the same order for every row.
     """
     if batch_invariant:
-        wide = x.dtype == torch.float32
-        return _launch(x, weight, bias, 64, Tiling(64, 32 if wide else 64, 1, num_stages=3, num_warps=4))
+        return _launch_invariant(x, weight, bias)
     chosen = _tiling_for(x, weight)
     split = chosen is not None and chosen.split_k > 1
     if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype in HALF and not split:
         return _launch_one(x, weight, bias)
     if chosen is None:
         return F.linear(x, weight, bias)
-    return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), chosen)
+    return _launch(x, weight, bias, block_m(x.shape[0]), chosen)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
@@ -93,4 +91,4 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
         chosen = Tiling(64, 128, 1, 6 if x.shape[0] <= 16 else 4, 4)
     else:
         chosen = chosen._replace(block_n=chosen.block_n // 2)
-    return _launch(x, weight, bias, max(16, triton.next_power_of_2(x.shape[0])), chosen, name)
+    return _launch(x, weight, bias, block_m(x.shape[0]), chosen, name)

@@ -10,7 +10,7 @@ x's type in registers, and sums are scaled.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flover.kernels.triton.common import arrivals, grid_launch, grid_wait, launch_options, prefetch
-from flover.kernels.triton.fused import _activate
+from flover.kernels.triton.fused import _gated
 
 AHEAD = 2  # tiles
+HALF = (torch.float16, torch.bfloat16)  # fp32 products are bound by arithmetic
 
 
 class Tiling(NamedTuple):
@@ -36,6 +37,15 @@ class Tiling(NamedTuple):
 @triton.jit
 def _scales(scale, index, inside, USED: tl.constexpr):
     return tl.load(scale + index, mask=inside, other=0.0) if USED else tl.full(index.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _add_bias(sums, bias, at, inside, USED: tl.constexpr):
+    """To sums of one dimension, or of features by tokens."""
+    if USED:
+        b = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        sums += b if len(sums.shape) == 1 else b[:, None]
+    return sums
 
 
 @triton.jit
@@ -84,15 +94,10 @@ def _one_row(
         if GATE != "":
             wu = tl.load(uppers + (at + k)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
             up += wu.to(tl.float32) * token
-    total = tl.sum(acc, 1) * token_scale * factor
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    result = total.to(out.dtype.element_ty)
+    result = _add_bias(tl.sum(acc, 1) * token_scale * factor, bias, n, n < N, HAS_BIAS).to(out.dtype.element_ty)
     if GATE != "":
-        other = tl.sum(up, 1) * token_scale * up_factor
-        if HAS_BIAS:
-            other += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-        result = _activate(result.to(tl.float32), GATE).to(out.dtype.element_ty) * other.to(out.dtype.element_ty)
+        other = _add_bias(tl.sum(up, 1) * token_scale * up_factor, bias + N, n, n < N, HAS_BIAS)
+        result = _gated(result, other, out.dtype.element_ty, GATE)
     tl.store(out + n, result, mask=n < N)
 
 
@@ -169,21 +174,14 @@ def _linear(
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for i in range(SPLIT_K):
                 total += tl.load(partial + i * M * N + where, mask=inside, other=0.0, cache_modifier=".cg")
-            total = total * token_scale * factor
-            if HAS_BIAS:
-                total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            total = _add_bias(total * token_scale * factor, bias, n, n < N, HAS_BIAS)
             tl.store(out + where, total.to(out.dtype.element_ty), mask=inside)
             tl.store(arrived + unit, 0)
     else:
-        acc = acc * token_scale * factor
-        if HAS_BIAS:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        result = acc.to(out.dtype.element_ty)
-        if GATE != "":  # rounded where the separate steps round
-            up = up.to(tl.float32) * token_scale * up_factor
-            if HAS_BIAS:
-                up += tl.load(bias + N + n).to(tl.float32)[:, None]
-            result = _activate(result.to(tl.float32), GATE).to(out.dtype.element_ty) * up.to(out.dtype.element_ty)
+        result = _add_bias(acc * token_scale * factor, bias, n, n < N, HAS_BIAS).to(out.dtype.element_ty)
+        if GATE != "":
+            up = _add_bias(up.to(tl.float32) * token_scale * up_factor, bias + N, n, True, HAS_BIAS)
+            result = _gated(result, up, out.dtype.element_ty, GATE)
         tl.store(out + where, result, mask=inside)
 
 
@@ -195,6 +193,26 @@ class Scales(NamedTuple):
     dtype: torch.dtype
 
 
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales: Scales | None) -> dict[str, Any]:
+    """What both kernels take, by name."""
+    N, K = weight.shape
+    dtype, kind = (x.dtype, 0) if scales is None else (scales.dtype, 1 if scales.tokens is None else 2)
+    return {
+        "x": x,
+        "w": weight,
+        "bias": x if bias is None else bias,
+        "scale": scales.weight if scales else x,
+        "x_scale": scales.tokens if scales and kind == 2 else x,
+        "out": torch.empty(len(x), N // 2 if gate else N, dtype=dtype, device=x.device),
+        "N": N,
+        "K": K,
+        "HAS_BIAS": bias is not None,
+        "GATE": gate,
+        "SCALES": kind,
+        **launch_options(x.device),
+    }
+
+
 def _launch_one(
     x: Tensor,
     weight: Tensor,
@@ -204,32 +222,16 @@ def _launch_one(
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """tile: rows of the weight, elements of each, warps."""
-    N, K = weight.shape
-    width = N // 2 if gate else N
-    block_n, block_k, warps = tile or (2, 1024 if N >= 4096 and not gate else 2048, 4)
-    out = torch.empty(1, width, dtype=scales.dtype if scales else x.dtype, device=x.device)
-    _one_row[(triton.cdiv(width, block_n),)](
-        x,
-        weight,
-        x if bias is None else bias,
-        scales.weight if scales else x,
-        x if scales is None or scales.tokens is None else scales.tokens,
-        out,
-        N,
-        K,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        HAS_BIAS=bias is not None,
-        GATE=gate,
-        SCALES=_kind(scales),
-        num_warps=warps,
-        **launch_options(x.device),
-    )
+    block_n, block_k, warps = tile or (2, 1024 if len(weight) >= 4096 and not gate else 2048, 4)
+    given = _arguments(x, weight, bias, gate, scales)
+    out: Tensor = given["out"]
+    _one_row[(triton.cdiv(out.shape[1], block_n),)](**given, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps)
     return out
 
 
-def _kind(scales: Scales | None) -> int:
-    return 0 if scales is None else 1 if scales.tokens is None else 2
+def block_m(rows: int) -> int:
+    """Tokens of a tile that holds so many, if it can."""
+    return max(16, min(1 << (rows - 1).bit_length(), 128))
 
 
 def _launch(
@@ -241,40 +243,35 @@ def _launch(
     gate: str = "",
     scales: Scales | None = None,
 ) -> Tensor:
-    (M, K), N = x.shape, weight.shape[0]
-    width = N // 2 if gate else N
-    out = torch.empty(M, width, dtype=scales.dtype if scales else x.dtype, device=x.device)
-    partial = torch.empty(t.split_k * M * N, dtype=torch.float32, device=x.device) if t.split_k > 1 else out
+    given = _arguments(x, weight, bias, gate, scales)
+    out: Tensor = given["out"]
+    (M, width), K = out.shape, weight.shape[1]
+    partial = torch.empty(t.split_k * M * width, dtype=torch.float32, device=x.device) if t.split_k > 1 else out
     even = width % t.block_n == 0 and K % (t.block_k * t.split_k) == 0
     assert even or not gate
     line = 128 // weight.element_size()
     _linear[(triton.cdiv(width, t.block_n), t.split_k, triton.cdiv(M, block_m))](
-        x,
-        weight,
-        x if bias is None else bias,
-        scales.weight if scales else x,
-        x if scales is None or scales.tokens is None else scales.tokens,
-        out,
-        partial,
-        arrivals(x.device),
-        M,
-        N,
-        K,
-        x.stride(0),
+        **given,
+        partial=partial,
+        arrived=arrivals(x.device),
+        M=M,
+        stride_x=x.stride(0),
         BLOCK_M=block_m,
         BLOCK_N=t.block_n,
         BLOCK_K=t.block_k,
         SPLIT_K=t.split_k,
-        HAS_BIAS=bias is not None,
-        GATE=gate,
         EVEN=even,
-        SCALES=_kind(scales),
         ACC=tl.int32 if x.dtype == torch.int8 else tl.float32,
         PARTIAL=min(128, t.block_k) if x.dtype == torch.float8_e4m3fn else None,
         LINE=line,
         AHEAD=AHEAD if even and line <= AHEAD * t.block_k <= K // t.split_k else 0,
         num_stages=t.num_stages,
         num_warps=t.num_warps,
-        **launch_options(x.device),
     )
     return out
+
+
+def _launch_invariant(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales | None = None) -> Tensor:
+    """One tiling whatever the number of tokens, which sums in the same order for every row."""
+    depth = 32 if x.dtype == torch.float32 else 64
+    return _launch(x, weight, bias, 64, Tiling(64, depth, 1, num_stages=3, num_warps=4), scales=scales)

@@ -19,9 +19,8 @@ from torch import Tensor
 from flover.kernels.reference.quantised import LARGEST, Tokens
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
 from flover.kernels.triton.fused import _store_row, gated
-from flover.kernels.triton.product import Scales, Tiling, _launch, _launch_one
+from flover.kernels.triton.product import HALF, Scales, Tiling, _launch, _launch_invariant, _launch_one, block_m
 
-HALF = (torch.float16, torch.bfloat16)
 MAX_ROWS = 256  # beyond, a weight is worth writing out
 MAX_ROWS_8_BIT = 64  # beyond, tokens of 8 bits are the library's, which wants more than 16
 SLICE = 2048  # rows whose int32 sums exist at a time
@@ -130,17 +129,13 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
     split = next((s for s in (1, 2, 4) if tiles * s >= 0.7 * num_sms and in_features % (s * block_k) == 0), 1)
     while in_features % (block_k * split) and block_k > 64:
         block_k //= 2
-    stages = {16: 6, 32: 5, 64: 5}.get(_block_m(rows), 4)
+    stages = {16: 6, 32: 5, 64: 5}.get(block_m(rows), 4)
     return Tiling(block_n, block_k, split, stages, 8 if block_n == 128 else 4)
 
 
 def one_row_tile(out_features: int) -> tuple[int, int, int]:
     """Weight rows, elements of each, and warps of a program that has one token."""
     return (2, 2048 if out_features >= 4096 else 4096, 4)
-
-
-def _block_m(rows: int) -> int:
-    return max(16, min(1 << (rows - 1).bit_length(), 128))
 
 
 def _library(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Scales) -> Tensor | None:
@@ -172,8 +167,8 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales: Scal
         return _launch_one(x, weight, bias, gate, scales, one_row_tile(N))
     half = t._replace(block_n=t.block_n // 2)
     if gate and t.split_k == 1 and N % t.block_n == 0 and K % t.block_k == 0:
-        return _launch(x, weight, bias, _block_m(M), half, gate, scales)
-    out = _launch(x, weight, bias, _block_m(M), t, "", scales)
+        return _launch(x, weight, bias, block_m(M), half, gate, scales)
+    out = _launch(x, weight, bias, block_m(M), t, "", scales)
     return gated(out, gate) if gate else out
 
 
@@ -191,9 +186,8 @@ def _product(
         x = quantise_tokens(x, weight.dtype)
     tokens, token_scale = (x, None) if isinstance(x, Tensor) else x[:2]
     scales = Scales(scale, token_scale, x.dtype)
-    if batch_invariant:  # one tiling whatever the number of tokens
-        depth = 32 if tokens.dtype == torch.float32 else 64
-        out: Tensor | None = _launch(tokens, weight, bias, 64, Tiling(64, depth, 1, 3, 4), "", scales)
+    if batch_invariant:
+        out: Tensor | None = _launch_invariant(tokens, weight, bias, scales)
     elif token_scale is not None:
         out = _library(tokens, weight, bias, scales)
     elif x.dtype not in HALF or len(tokens) > MAX_ROWS:

@@ -35,19 +35,21 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tu
 
 @triton.jit
 def _rotated(head, inside, d, cos, sin, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A head (or several: pointers `[heads, BLOCK_D]`) rotated; cos, sin: of its token."""
+    """A head (or several: pointers `[heads, BLOCK_D]`), rotated unless PAIRS is 0; cos, sin: of its token."""
     x = tl.load(head, mask=inside, other=0.0)
-    if INTERLEAVED:
-        pair, partner = d // 2, tl.where(d % 2 == 0, 1, -1)
-        sign = tl.where(d % 2 == 0, -1.0, 1.0)
-    else:
-        pair, partner = tl.where(d < PAIRS, d, d - PAIRS), tl.where(d < PAIRS, PAIRS, -PAIRS)
-        sign = tl.where(d < PAIRS, -1.0, 1.0)
-    turned = inside & (d < 2 * PAIRS)
-    y = tl.load(head + partner, mask=turned, other=0.0).to(tl.float32)
-    c = tl.load(cos + pair, mask=d < 2 * PAIRS, other=1.0).to(tl.float32)
-    s = tl.load(sin + pair, mask=d < 2 * PAIRS, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) * c + sign * y * s).to(x.dtype)
+    if PAIRS > 0:
+        if INTERLEAVED:
+            pair, partner = d // 2, tl.where(d % 2 == 0, 1, -1)
+            sign = tl.where(d % 2 == 0, -1.0, 1.0)
+        else:
+            pair, partner = tl.where(d < PAIRS, d, d - PAIRS), tl.where(d < PAIRS, PAIRS, -PAIRS)
+            sign = tl.where(d < PAIRS, -1.0, 1.0)
+        turned = inside & (d < 2 * PAIRS)
+        y = tl.load(head + partner, mask=turned, other=0.0).to(tl.float32)
+        c = tl.load(cos + pair, mask=d < 2 * PAIRS, other=1.0).to(tl.float32)
+        s = tl.load(sin + pair, mask=d < 2 * PAIRS, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * c + sign * y * s).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -92,9 +94,10 @@ def _rotary_store(
         h = tl.arange(0, HEADS)
         queries = q + token * stride_q + (head * GROUP + h)[:, None] * HEAD_DIM + d[None, :]
         mine = (h < GROUP)[:, None] & inside[None, :]
-        angles = token * PAIRS
-        turned = _rotated(queries, mine, d[None, :], cos + angles, sin + angles, PAIRS, INTERLEAVED)
-        key_out = _rotated(key, inside, d, cos + angles, sin + angles, PAIRS, INTERLEAVED)
+        cos += token * PAIRS
+        sin += token * PAIRS
+        turned = _rotated(queries, mine, d[None, :], cos, sin, PAIRS, INTERLEAVED)
+        key_out = _rotated(key, inside, d, cos, sin, PAIRS, INTERLEAVED)
         tl.debug_barrier()  # q is rotated in place: every partner has been read
         tl.store(queries, turned, mask=mine)
     else:

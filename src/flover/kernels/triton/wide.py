@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options, prefetch
-from flover.kernels.triton.fused import _activate
+from flover.kernels.triton.fused import _gated
 
 ROWS = range(33, 129)  # fewer: product.py has as narrow a tile of tokens as they are
 FEATURES = range(96, 177)  # fewer: x is most of what is read; more: accumulators leave the registers
@@ -42,10 +42,8 @@ def _add(acc, xt, w, n, at):
 
 @triton.jit
 def _store(acc, out, n, M, width, GATE: tl.constexpr):
-    """act(gate) * up, rounded where the separate steps round."""
     gate, up = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
-    gate = _activate(gate.to(out.dtype.element_ty).to(tl.float32), GATE)
-    value = gate.to(out.dtype.element_ty) * up.to(out.dtype.element_ty)
+    value = _gated(gate, up, out.dtype.element_ty, GATE)
     m = tl.arange(0, acc.shape[0])[:, None]
     n += tl.arange(0, acc.shape[1] // 2)[None, :]
     tl.store(out + m * width + n, value, mask=(m < M) & (n < width))
