@@ -87,7 +87,7 @@ def resolve(
     _check_parallel(config, model, device)
     token_bytes = kv_bytes_per_token(of_a_stage(config, model), cache_dtype, config.tensor_parallel_size)
     free = _room(config, model, hardware, device, dtype, weights, step)
-    cache, why = _size_cache(config, model, device, free, token_bytes)
+    cache, why = _size_cache(config, model, device, free, token_bytes, weights)
     tokens = config.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
     prefix = config.enable_prefix_caching and config.kv_layout == "paged"
     effective = replace(
@@ -185,9 +185,9 @@ class _Cache(NamedTuple):
 
 
 def _size_cache(
-    config: EngineConfig, model: ModelConfig, device: str, free: int, token_bytes: int
+    config: EngineConfig, model: ModelConfig, device: str, free: int, token_bytes: int, weights: int
 ) -> tuple[_Cache, Reasons]:
-    """A cache that fits `free` bytes, and the reasons of what was not given."""
+    """A cache that fits `free` bytes beside the weights, and the reasons of what was not given."""
     why: Reasons = {"max_model_len": ("checkpoint", "max_position_embeddings")}
     length = config.max_model_len or model.max_position_embeddings
     _check_length(config, model, length)
@@ -216,7 +216,7 @@ def _size_cache(
     limit = budget if config.num_kv_blocks is None else free
     if blocks * block * token_bytes > limit or (blocks * block < length and config.num_kv_blocks is None):
         raise ValueError(
-            _does_not_fit(config, model, device, _Cache(seqs, length, block, blocks), token_bytes, limit, free)
+            _does_not_fit(config, model, device, _Cache(seqs, length, block, blocks), token_bytes, limit, free, weights)
         )
     return _Cache(seqs, length, block, blocks), why
 
@@ -253,8 +253,9 @@ def _does_not_fit(
     token_bytes: int,
     limit: int,
     free: int,
+    weights: int,
 ) -> str:
-    """limit: bytes that the cache may have; free: that it could."""
+    """limit: bytes that the cache may have; free: that it could, beside the weights."""
     tokens = limit // token_bytes
     if config.num_kv_blocks is not None:
         size = human(config.num_kv_blocks * config.block_size * token_bytes)
@@ -271,7 +272,8 @@ def _does_not_fit(
     choices += [f"max_model_len={short}"] if short else []
     if config.kv_cache_dtype == "auto" and needed // 2 <= limit:  # half of 16 bits, less of more
         choices.append("kv_cache_dtype='fp8'")
-    choices += _more_ranks(config, model, device, lambda times: needed // times <= limit)
+    beside = weights if limit == free else 0  # of which more ranks hold less each
+    choices += _more_ranks(config, model, device, lambda n: needed // n <= limit + beside - beside // n)
     what = f"a slab of max_num_seqs={seqs} x max_model_len={length}" if slab else f"max_model_len={length}"
     size = f"{human(needed)}{'' if slab else ' of KV cache for one request'}"
     return (

@@ -140,6 +140,9 @@ def test_only_what_would_fit_is_named(
         ranks = int(value) if name == "tensor_parallel_size" else 1
         change = {name: int(value) if value.isdigit() else value.strip("'")}
         assert resolved(memory=memory, weights=GIB // ranks, device=device, **(options | change)), choice
+        if ranks > 2:  # the fewest: half of them hold twice the weights
+            with pytest.raises(ValueError, match="fit"):
+                resolved(memory=memory, weights=2 * GIB // ranks, device=device, **(options | {name: ranks // 2}))
     assert "=0" not in str(error.value)
 
 
