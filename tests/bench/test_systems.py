@@ -323,6 +323,7 @@ def test_a_closed_system_holds_nothing(echo: EngineConfig, name: str) -> None:
         ("vllm", "unknown system 'vllm'; known: serial, fused"),
         ("serial:2", "unknown system"),
         ("fused:slab", "unknown system"),
+        ("fused:MODE:tpN", "unknown system 'fused:MODE:tpN'"),
         ("fused:", "unknown system"),
         ("transformers:fast", "unknown system"),
         ("dynamic:DELAY", "50ms or 2s"),

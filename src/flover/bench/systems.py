@@ -131,7 +131,7 @@ def check_name(name: str) -> None:
             raise ValueError(f"{name!r} needs a URL such as openai:http://localhost:8000")
     elif kind == "fused" and RANKS.search(name):
         check_name(RANKS.sub("", name))
-    elif name not in NAMES or name.endswith((":DELAY", ":N", ":tpN")):
+    elif name not in NAMES or name == "fused:MODE:tpN":
         raise ValueError(f"unknown system {name!r}{nearest(name, set(NAMES))}; known: {', '.join(NAMES)}")
 
 
