@@ -259,7 +259,8 @@ def _does_not_fit(
     tokens = limit // token_bytes
     if config.num_kv_blocks is not None:
         size = human(config.num_kv_blocks * config.block_size * token_bytes)
-        fits = f"num_kv_blocks={tokens // config.block_size} would fit"
+        most = tokens // config.block_size
+        fits = f"num_kv_blocks={most} would fit" if most else "not one block would fit"
         return f"num_kv_blocks={config.num_kv_blocks} takes {size}, {human(limit)} is free: {fits}"
     slab = config.kv_layout == "slab"
     seqs, length = cache.seqs, cache.length

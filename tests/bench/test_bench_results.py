@@ -169,6 +169,7 @@ def test_an_output_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "old.json").read_text() == "1"
     for path, said in (
         (tmp_path, f"--output: {tmp_path} is a folder"),
+        (Path("/dev/null"), "--output: /dev/null is no regular file"),
         (tmp_path / "a" / "r.json", f"--output: folder {tmp_path}/a does not exist"),
         (Path("/proc/r.json"), "--output: /proc/r.json cannot be written: No such file or directory"),
     ):

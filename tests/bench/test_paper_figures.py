@@ -17,13 +17,14 @@ import torch
 from flover.bench import keep, paper
 from flover.bench.figures import context, headline, lengths, progress, reorder, servers
 from flover.bench.figures.context import Bench
-from flover.bench.figures.digests import agree, seconds_by_rows, step_spans, total
+from flover.bench.figures.digests import agree, curves_of, seconds_by_rows, step_spans, total
+from flover.bench.figures.memory import kv_curve
 from flover.bench.figures.pieces import Pieces
 from flover.bench.figures.reorder import INDEX_SELECT
 from flover.bench.figures.scale import SHAPES, TINY, Bytes
 from flover.bench.figures.theory import arrival_bound, queue_ends, simulate
 from flover.bench.plans import PLANS
-from flover.bench.records import Job, Run
+from flover.bench.records import Job, Record, Run
 from flover.bench.report import report
 from flover.cli import main
 from flover.config import DTYPE_BYTES
@@ -468,6 +469,14 @@ def test_the_longest_step_of_a_run_is_kept() -> None:
     steps = [StepStats(i, i * 0.01, i * 0.01 + 0.02, num_decode_tokens=1) for i in range(5)]
     steps.append(StepStats(5, 9.0, 9.4, num_decode_tokens=1))  # what was waited for before it is no step
     assert step_spans(Run("x", [], steps)) == pytest.approx([0.02, 0.4])
+
+
+@pytest.mark.parametrize("count", [1, 300, 301, 599, 900])
+def test_a_curve_is_no_longer_than_it_may(count: int) -> None:
+    steps = [StepStats(i, i, i + 1.0, num_decode_tokens=1, kv_reserved_bytes=2) for i in range(count)]
+    assert min(count, 150) <= len(kv_curve(Run("x", [], steps))["curve"]) <= 300
+    run = Run("x", [Record(0.0, 1, [float(i) for i in range(count)])])
+    assert len(curves_of(run)["curve_tokens"]) <= 201
 
 
 def test_step_times_become_a_line() -> None:

@@ -323,6 +323,7 @@ def test_a_closed_system_holds_nothing(echo: EngineConfig, name: str) -> None:
         ("vllm", "unknown system 'vllm'; known: serial, fused"),
         ("serial:2", "unknown system"),
         ("fused:slab", "unknown system"),
+        ("fused:MODE:tpN", "unknown system 'fused:MODE:tpN'"),
         ("fused:", "unknown system"),
         ("transformers:fast", "unknown system"),
         ("dynamic:DELAY", "50ms or 2s"),
@@ -348,7 +349,7 @@ def test_a_name_that_is_not_known_is_refused_in_one_line(echo: EngineConfig, nam
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("concurrent:2", {"tensor_parallel_size": 2}, "concurrent:2 has no ranks"),
+        ("concurrent:2", {"tensor_parallel_size": 2}, "concurrent:2 has no ranks, got tensor_parallel_size=2, pipe"),
         ("concurrent-processes", {"pipeline_parallel_size": 2}, "concurrent-processes has no ranks"),
         ("transformers", {"tensor_parallel_size": 2}, "transformers has no ranks"),
         ("transformers", {"quantization": "int8"}, "transformers has no quantization='int8' of ours"),

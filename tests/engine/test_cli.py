@@ -20,6 +20,7 @@ from flover.cli import main
 from flover.cli.jobs import OutputFile, read_jobs
 from flover.config import EngineConfig
 from flover.llm import LLM
+from flover.server.config import ServerConfig
 
 BUILTIN = Path(flover.__file__).parent / "builtin" / "kjv-llama"
 SMALL = ["--max-model-len", "256", "--max-num-seqs", "8", "--device", "cpu"]
@@ -373,3 +374,15 @@ def test_every_engine_option_is_there(capfd: pytest.CaptureFixture[str], monkeyp
     for name in EngineConfig.__dataclass_fields__:
         if name != "record_timeline":
             assert f"--{name.replace('_', '-')}" in out
+
+
+def test_every_server_option_is_there_with_its_default(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["serve", "--help"]) == 0
+    out = capfd.readouterr().out
+    for name in ServerConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-').removesuffix('s')}" in out
+    assert "8388608)" in out
+    assert "who is admitted first (default fcfs, of a server fair) " in out

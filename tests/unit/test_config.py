@@ -125,6 +125,7 @@ def test_what_cannot_fit_says_what_would(options: dict[str, Any], message: str) 
         ("cuda", int(1.3 * GIB), {"kv_layout": "slab", "max_num_seqs": 5}, None),
         ("cuda", int(1.12 * GIB), {"max_model_len": 4096}, None),
         ("cpu", 16 * GIB, {"kv_layout": "slab", "max_num_seqs": 20}, None),
+        ("cuda", int(GIB / 0.9) + 99, {"num_kv_blocks": 10}, ["not one block"]),
         ("cuda", int(1.12 * GIB), {"max_model_len": 4096, "kv_cache_dtype": "fp8", "kv_layout": "slab"}, None),
     ],
 )

@@ -60,8 +60,8 @@ def check_output(path: Path | None, option: str) -> None:
         return
     if not path.parent.is_dir():
         raise ValueError(f"{option}: folder {path.parent} does not exist")
-    if path.is_dir():
-        raise ValueError(f"{option}: {path} is a folder")
+    if path.exists() and not path.is_file():  # a device would be replaced
+        raise ValueError(f"{option}: {path} is {'a folder' if path.is_dir() else 'no regular file'}")
     partial = _partial(path)
     try:
         partial.touch()

@@ -77,7 +77,8 @@ def make_system(name: str, config: EngineConfig, **options: Any) -> System:
 
         return OpenAISystem(name, detail, **options)
     if kind in ("transformers", "concurrent", "concurrent-processes") and config.num_ranks > 1:
-        raise ValueError(f"{name} has no ranks: tensor_parallel_size and pipeline_parallel_size must be 1")
+        tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
+        raise ValueError(f"{name} has no ranks, got tensor_parallel_size={tp}, pipeline_parallel_size={pp}")
     if kind == "transformers":
         for option in ("quantization", "kv_cache_dtype"):
             if (value := getattr(config, option)) not in ("none", "auto"):
@@ -131,7 +132,7 @@ def check_name(name: str) -> None:
             raise ValueError(f"{name!r} needs a URL such as openai:http://localhost:8000")
     elif kind == "fused" and RANKS.search(name):
         check_name(RANKS.sub("", name))
-    elif name not in NAMES or name.endswith((":DELAY", ":N", ":tpN")):
+    elif name not in NAMES or name == "fused:MODE:tpN":
         raise ValueError(f"unknown system {name!r}{nearest(name, set(NAMES))}; known: {', '.join(NAMES)}")
 
 

@@ -1,4 +1,4 @@
-"""The command line: `flover generate | chat | serve | run-batch | admin | plan | profile | bench | doctor`.
+"""The command line: `flover generate | chat | serve | run-batch | plan | profile | doctor | bench | cluster | admin`.
 
 Errors of the user are one line on stderr and exit code 2, Ctrl-C is 130; a traceback is a bug. torch is imported only
 by commands that need it.

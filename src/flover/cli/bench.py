@@ -1,4 +1,4 @@
-"""`flover bench serve | throughput | latency | compare | startup | workloads | paper`: what each takes; no work.
+"""`flover bench serve | throughput | latency | compare | startup | workloads | paper | report`: options, and no work.
 
 Options are named as in vLLM's `bench`. Other commands of the group register with `app`.
 """

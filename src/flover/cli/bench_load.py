@@ -104,8 +104,10 @@ def make_source(load: Load, vocab_size: int, max_model_len: int) -> Source:
         raise ValueError(f"--num-prompts must be at least 1, got {load.num_prompts}")
     if load.ramp_up_strategy is None and (load.ramp_up_start_rps, load.ramp_up_end_rps) != (None, None):
         raise ValueError("--ramp-up-start-rps and --ramp-up-end-rps need --ramp-up-strategy linear or exponential")
-    if load.burstiness is not None and not (load.request_rate or load.request_interval or load.ramp_up_strategy):
-        raise ValueError("--burstiness needs --request-rate or --ramp-up-strategy: it says how arrivals vary around it")
+    rates = load.request_rate, load.request_interval, load.ramp_up_strategy
+    if load.burstiness is not None and rates == (None, None, None):
+        needs = "needs --request-rate or --ramp-up-strategy: it says how arrivals vary around it"
+        raise ValueError(f"--burstiness {load.burstiness:g} {needs}")
     if load.dataset_name in ELSEWHERE:
         instead = f"--dataset-name custom sends the prompts of a JSON lines file of {CUSTOM_LINE}"
         raise ValueError(f"--dataset-name {load.dataset_name} is not here: {instead}")

@@ -72,7 +72,7 @@ HELP = {
     "enable_prefix_caching": "reuse the KV of prompts that begin alike",
     "batch_invariant": "every logit bit-equal alone and fused, at a price",
     "seed": "of prompts that bring none",
-    "order": "who is admitted first",
+    "order": "who is admitted first (default fcfs, of a server fair)",
     "itl_budget": "milliseconds that a step with decode rows may take",
     "prefill_mode": "prefill shares steps with decode, alternates with it, or runs beside it",
     "overlap_depth": "plans made ahead: 0 or 1",
@@ -174,7 +174,7 @@ def _option(field: Field[Any], cls: type) -> inspect.Parameter:
     spellings = (f"--{dashed}/--no-{dashed}",) if kind is bool else SPELLINGS.get(name, (f"--{dashed}",))
     option = typer.Option(
         *spellings,
-        help=f"{note} (default {default})".strip() if default is not None and name != "max_tokens" else note,
+        help=f"{note} (default {default})".strip() if default is not None and "(default" not in note else note,
         show_default=False,
         metavar="|".join(choices) if choices else None,
         rich_help_panel=PANELS.get(cls.__name__),

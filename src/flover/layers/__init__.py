@@ -1,1 +1,1 @@
-"""What model files are made of; sharding will be a property of these."""
+"""What model files are made of; sharding is a property of these."""

@@ -58,6 +58,17 @@ def test_gate_and_up_in_one_launch(dtype):
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str)
+@pytest.mark.parametrize("k", [1024, 1088])
+def test_gate_and_up_of_any_depth_that_is_cut(k, dtype, monkeypatch):
+    """Whole tiles of 64 are enough, as of a hidden size of 2,880."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=12))
+    x, weight = torch.randn(20, k, device=DEVICE).to(dtype), torch.randn(1024, k, device=DEVICE).to(dtype)
+    assert tiling(20, *weight.shape, 12) == Tiling(64, 64, 1, 6, 4)
+    got, want = gated_linear(x, weight, None, "silu"), gated(reference(x, weight, None).to(dtype), "silu")
+    assert (got.double() - want.double()).norm() / want.double().norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str)
 @pytest.mark.parametrize(("rows", "features"), [(65, 112), (128, 64), (33, 80), (64, 144)])
 def test_gate_and_up_in_tiles_that_are_no_power_of_two(rows, features, dtype):
     """Rows and features end within a tile, and rows of x lie apart."""

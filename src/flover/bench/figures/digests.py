@@ -121,10 +121,10 @@ def seconds_by_rows(runs: Sequence[Data]) -> Callable[[int], float] | None:
 
 
 def curves_of(run: Run) -> Data:
-    """At most `POINTS` (seconds, cumulative) pairs of tokens, and all of finished requests."""
+    """At most `POINTS` (seconds, cumulative) pairs of tokens and the last, and all of finished requests."""
     times = sorted(t for record in run.records for t in record.times)
     ends = sorted(record.times[-1] for record in run.records)
-    every = max(1, len(times) // POINTS)
+    every = -(-len(times) // POINTS)
     kept = [*range(0, len(times), every), len(times) - 1]
     return {
         "curve_tokens": [[round(times[i], 5), i + 1] for i in kept],

@@ -79,7 +79,7 @@ def figure_memory(bench: Bench) -> Figure:
 def kv_curve(run: Run) -> Data:
     """At most `POINTS` of [seconds, live bytes, reserved bytes], and means over time."""
     steps = run.steps
-    every = max(1, len(steps) // POINTS)
+    every = -(-len(steps) // POINTS)
     ends = [s.end for s in steps]
     spans = [b - a for a, b in zip([0.0, *ends], ends)]
     return {

@@ -87,7 +87,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
     if chosen is None or chosen.split_k > 1 or chosen.block_n < 64 or weight.shape[0] % 128:
         out: Tensor = gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
         return out
-    if x.shape[0] <= 32:  # a whole tile of each fits; of 17 to 32 rows with fewer stages
+    if x.shape[0] <= 32 and x.shape[1] % 128 == 0:  # a whole tile of each fits; of 17 to 32 rows with fewer stages
         chosen = Tiling(64, 128, 1, 6 if x.shape[0] <= 16 else 4, 4)
     else:
         chosen = chosen._replace(block_n=chosen.block_n // 2)
