@@ -127,9 +127,9 @@ def serve(
 def latency(
     *,
     policy: Policy = "fused",
-    input_len: Annotated[int, typer.Option(help="tokens of each prompt")] = 32,
-    output_len: Annotated[int, typer.Option(help="tokens of each output")] = 128,
-    batch_size: Annotated[int, typer.Option(help="requests at once")] = 8,
+    input_len: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 32,
+    output_len: Annotated[int, typer.Option(min=1, help="tokens of each output")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="requests at once")] = 8,
     num_iters: Annotated[int, typer.Option(help="batches, one after the other")] = 10,
     num_iters_warmup: Annotated[int, typer.Option(help="batches before, not counted")] = 2,
     output_json: Output = None,
@@ -138,8 +138,6 @@ def latency(
     """How long one batch of equal requests takes, again and again."""
     from flover.cli.bench_run import run_latency
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     load = Load(num_prompts=batch_size, input_len=str(input_len), output_len=str(output_len))
     return run_latency(policy, load, num_iters, num_iters_warmup, output_json, engine)
 
