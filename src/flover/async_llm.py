@@ -39,7 +39,7 @@ class Observer(Protocol):
         """A prompt has been queued; exactly one finished output of it follows, or `died`."""
 
     def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
-        """A step of the engine: the cumulative output of each prompt that it brought further."""
+        """The cumulative output of each prompt that the engine brought further; and its step, if it made one."""
 
     def died(self, error: Exception) -> None:
         """No more steps; prompts that have not finished never will."""

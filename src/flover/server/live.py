@@ -102,7 +102,6 @@ class Live:
     def __init__(self, watch: Callable[[bool], None], load: Load) -> None:
         self._watch, self._load = watch, load
         self.watchers: set[Watcher] = set()
-        self._last: StepStats | None = None
 
     def open(self) -> Watcher:
         """ApiError 429 if there are MAX_WATCHERS."""
@@ -124,14 +123,12 @@ class Live:
         if not self.watchers:
             return
         tokens, ttft, itl = self._latencies(outputs)
-        fresh = stats if stats is not self._last and stats is not None and (stats.rows or stats.leaves) else None
-        self._last = stats
         for watcher in self.watchers:
             watcher.tokens += tokens
             watcher.ttft.update(ttft)
             watcher.itl.update(itl)
-            if fresh is not None:
-                watcher.add(fresh)
+            if stats is not None and (stats.rows or stats.leaves):
+                watcher.add(stats)
 
     def _latencies(self, outputs: Sequence[RequestOutput]) -> tuple[int, list[int], list[int]]:
         """-> new tokens, buckets of first tokens, buckets of gaps."""

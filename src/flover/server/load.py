@@ -60,7 +60,7 @@ class Load:
         self.max_rows = max_rows
         self.max_queued_requests, self.max_queued_tokens = max_queued_requests, max_queued_tokens
         self.live: dict[str, Live] = {}
-        self.stats: StepStats | None = None
+        self.stats: StepStats | None = None  # of the last step
         self.rows = 0
         self.queued_tokens = 0
         self._row_rate, self._token_rate = Rate(), Rate()
@@ -101,9 +101,6 @@ class Load:
         self.live[request_id] = Live(time.monotonic(), rows, tokens, choices=rows)
         self.rows += rows
         self.queued_tokens += tokens
-
-    def stepped(self, stats: StepStats) -> None:
-        self.stats = stats
 
     def shrink(self, one: Live, rows: int) -> None:
         """Some choices of a prompt have ended: `rows` are left."""
