@@ -36,9 +36,7 @@ def make_admin(service: Service, drain: Callable[[], None]) -> Starlette:
     async def abort(request: Request) -> Response:
         given = request.path_params["request_id"]
         names = [name for name, one in service.load.live.items() if given in (name, _answer(name), one.label)]
-        service.withdraw(names, "admin")
-        for name in names:
-            await service.llm.abort(name)
+        await service.abort(names, "admin")
         return json_response({"aborted": names}, 200 if names else 404)
 
     async def reset_cache(request: Request) -> Response:

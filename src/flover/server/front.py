@@ -171,7 +171,7 @@ async def _until_told(service: Service, told: asyncio.Queue[Any]) -> None:
         again.cancel()
     if service.load.live:
         logger.warning("requests aborted: %d", len(service.load.live))
-        await service.abort_all()
+        await service.abort(service.llm.live_request_ids, "shutdown")
         await asyncio.wait({drained}, timeout=LINGER)
         if service.load.live:  # the engine hangs: only its end tells the streams
             await service.llm.end_engine()

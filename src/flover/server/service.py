@@ -125,13 +125,8 @@ class Service:
             raise draining()
 
     @property
-    def ready(self) -> bool:
-        """Whether requests are taken in and answered."""
-        return self.state == "ready"
-
-    @property
     def state(self) -> str:
-        """ready, or why not: draining, engine dead, engine stalled."""
+        """ready: requests are taken in and answered; or why not: draining, engine dead, engine stalled."""
         if self.draining:
             return "draining"
         if not self.llm.is_running:
@@ -152,11 +147,11 @@ class Service:
         while self.load.live:
             await asyncio.sleep(0.02)
 
-    async def abort_all(self) -> None:
-        """End every request with an error."""
-        self.withdraw(self.llm.live_request_ids, "shutdown")
-        for request_id in self.llm.live_request_ids:
-            await self.llm.abort(request_id)
+    async def abort(self, names: Sequence[str], why: str) -> None:
+        """End requests with an error; why: as in `withdraw`."""
+        self.withdraw(names, why)
+        for name in names:
+            await self.llm.abort(name)
 
     # ---- as the engine's observer ------------------------------------------------------------------------------------
 
