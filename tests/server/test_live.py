@@ -154,7 +154,7 @@ def test_the_files_are_whole_strict_and_cached() -> None:
         assert response.headers["x-content-type-options"] == "nosniff"
         again = client.get(path, headers={"If-None-Match": response.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-    assert {entry.name for entry in FOLDER.iterdir()} == set(PAGE.values())  # none is forgotten
+    assert {entry.name for entry in FOLDER.iterdir()} == set(PAGE.values())  # each has a type, and none is a stray
     text = " ".join((FOLDER / name).read_text() for name in PAGE.values())
     addresses = set(re.findall(r"https?://[\w.]+", text))
     assert addresses <= {"http://www.w3.org"}  # of the icon's SVG, a name and no place
