@@ -161,7 +161,7 @@ def test_a_reader_that_stalls_is_cut_off_and_others_are_not(llm: AsyncLLM, monke
 
     async def test(service: Steps, app: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
-        server = server_http.http_server(app)
+        server = server_http.HttpServer(app)
         serving = asyncio.create_task(server.serve([listener]))
         stalled = socket.socket()
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -24,7 +24,7 @@ from flover.lifeline import end_soon, end_with_parent
 from flover.server.admin import bind_admin, make_admin
 from flover.server.app import make_app
 from flover.server.control import Abort, Drain, Failed, Leaving, Serving, Setup, ToFront
-from flover.server.http import LINGER, HttpServer, http_server
+from flover.server.http import LINGER, HttpServer
 from flover.server.records import RequestLog
 from flover.server.restarts import Restarts
 from flover.server.service import Service
@@ -86,7 +86,7 @@ async def _serve(service: Service, listener: socket.socket, supervisor: Supervis
     told: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     supervisor.heard = lambda message: loop.call_soon_threadsafe(told.put_nowait, message)
-    server = http_server(make_app(service))
+    server = HttpServer(make_app(service))
     serving = asyncio.create_task(server.serve([listener]))
     closing = _listen(service)
     admin = await _serve_admin(service, told, supervisor)
@@ -148,7 +148,7 @@ async def _serve_admin(
         supervisor.say(Leaving())
         told.put_nowait(Drain())
 
-    server = http_server(make_admin(service, drain))
+    server = HttpServer(make_admin(service, drain))
 
     async def serve() -> None:
         with listener:
