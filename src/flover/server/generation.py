@@ -58,7 +58,9 @@ class Generation:
         request.check_rows(len(prompts))
         service.check_room(params.n * len(prompts))  # before the work; what came meanwhile is seen below
         answer: Completion = self.answer(request, params, model, len(prompts), service.tool_format)
-        salt = scope.get("state", {}).get("key", "") + (request.cache_salt or "")
+        state = scope.get("state", {})
+        asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
+        salt = asked.key + (request.cache_salt or "")
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
         ]
@@ -66,8 +68,6 @@ class Generation:
             answer.echoes = await service.llm.in_thread(self._echoes, prepared, params.skip_special_tokens)
         if isinstance(request, CompletionRequest | ChatCompletionRequest) and request.return_token_ids:
             answer.prompt_ids = [one.prompt_token_ids for one in prepared]
-        state = scope.get("state", {})
-        asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
         stream = service.open(prepared, asked)
         try:
             outputs = self._outputs(stream)
