@@ -19,9 +19,10 @@ class Histogram:
         self._name, self._help = name, help
         self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, *values: float) -> None:
+        for value in values:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self._sum += value
 
     def family(self, prefix: str) -> HistogramMetricFamily:
         family = HistogramMetricFamily(prefix + self._name, self._help)

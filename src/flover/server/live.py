@@ -11,16 +11,15 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
 import flover
 from flover.metrics import StepStats
-from flover.request import RequestOutput
 from flover.server.errors import ApiError
-from flover.server.load import Load
+from flover.server.metrics import Latencies
 from flover.server.sse import event, send_events, until_disconnect
 
 if TYPE_CHECKING:
@@ -99,8 +98,8 @@ class Watcher:
 class Live:
     """The watchers. `watch` turns the naming of rows on and off."""
 
-    def __init__(self, watch: Callable[[bool], None], load: Load) -> None:
-        self._watch, self._load = watch, load
+    def __init__(self, watch: Callable[[bool], None]) -> None:
+        self._watch = watch
         self.watchers: set[Watcher] = set()
 
     def open(self) -> Watcher:
@@ -118,30 +117,14 @@ class Live:
         if not self.watchers:
             self._watch(False)
 
-    def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
-        """As an observer; before the load knows of these outputs."""
-        if not self.watchers:
-            return
-        tokens, ttft, itl = self._latencies(outputs)
+    def stepped(self, latencies: Latencies, stats: StepStats | None) -> None:
+        """As an observer."""
         for watcher in self.watchers:
-            watcher.tokens += tokens
-            watcher.ttft.update(ttft)
-            watcher.itl.update(itl)
+            watcher.tokens += latencies.tokens
+            watcher.ttft.update(map(_bucket, latencies.ttft))
+            watcher.itl.update(map(_bucket, latencies.itl))
             if stats is not None and (stats.rows or stats.leaves):
                 watcher.add(stats)
-
-    def _latencies(self, outputs: Sequence[RequestOutput]) -> tuple[int, list[int], list[int]]:
-        """-> new tokens, buckets of first tokens, buckets of gaps."""
-        now, tokens = time.monotonic(), 0
-        ttft: list[int] = []
-        itl: list[int] = []
-        for output in outputs:
-            one = self._load.live.get(output.request_id)
-            new = sum(len(choice.token_ids) for choice in output.outputs) - (one.num_tokens if one else 0)
-            if one is not None and new > 0:
-                tokens += new
-                (itl if one.num_tokens else ttft).append(_bucket(now - (one.last if one.num_tokens else one.arrival)))
-        return tokens, ttft, itl
 
 
 def _bucket(seconds: float) -> int:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -24,6 +25,14 @@ from flover.server.records import EndRecord, Listener
 
 Kind = type[GaugeMetricFamily | CounterMetricFamily]
 PREFIXES = {"flover": "flover:", "vllm": "vllm:"}  # --metrics-compat
+
+
+class Latencies(NamedTuple):
+    """What a step brought: new tokens, seconds to those that are a prompt's first, and since the one before."""
+
+    tokens: int
+    ttft: Sequence[float]
+    itl: Sequence[float]
 
 
 class Metrics(Collector):
@@ -67,13 +76,15 @@ class Metrics(Collector):
         self.accepted += 1
         self.load.add(prepared.request_id, len(prepared.choices), len(prepared.prompt_token_ids))
 
-    def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
+    def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> Latencies:
         if stats is not None:
             self.load.stats = stats
             if stats.end:
                 self._step.observe(stats.end - stats.start)
                 self._step_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
-        now = time.monotonic()
+        now, tokens_before = time.monotonic(), self.generation_tokens
+        ttft: list[float] = []
+        itl: list[float] = []
         for output in outputs:
             one = self.load.live.get(output.request_id)
             if one is None:
@@ -88,14 +99,17 @@ class Metrics(Collector):
             if new:
                 self.generation_tokens += new
                 if one.num_tokens:
-                    self._itl.observe(now - one.last)
+                    itl.append(now - one.last)
                 else:
-                    self._ttft.observe(now - one.arrival)
+                    ttft.append(now - one.arrival)
                     self.prompt_tokens += one.prompt_tokens
                     self.load.started(one)
                 one.num_tokens, one.last = num_tokens, now
             if output.finished:
                 self._end(output, now)
+        self._ttft.observe(*ttft)
+        self._itl.observe(*itl)
+        return Latencies(self.generation_tokens - tokens_before, ttft, itl)
 
     def died(self, error: Exception) -> None:
         now = time.monotonic()

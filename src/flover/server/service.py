@@ -57,7 +57,7 @@ class Service:
         self.calls_are_special = tokenizer is not None and tokenizer.is_special(begin)
         self.ignored = Ignored()
         self.draining = self.stalled = False
-        self.live = Live(llm.watch, self.load)
+        self.live = Live(llm.watch)
         self.dead = asyncio.Event()
         self.death = ""
         self.num_events = 0
@@ -162,8 +162,7 @@ class Service:
     def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
         self.num_events += 1
         self.metrics.blocks = self.llm.kv_blocks
-        self.live.stepped(outputs, stats)  # first: it asks when the token before came
-        self.metrics.stepped(outputs, stats)
+        self.live.stepped(self.metrics.stepped(outputs, stats), stats)
 
     def died(self, error: Exception) -> None:
         self.metrics.died(error)
