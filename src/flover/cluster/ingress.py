@@ -79,8 +79,6 @@ class Ingress:
         self.targets = targets
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
         if scope["path"] in ("/livez", "/readyz", "/health"):
             await self._health(scope, receive, send)
             return

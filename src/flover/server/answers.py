@@ -33,7 +33,7 @@ class Echo(NamedTuple):
 class Completion:
     """The answer to a completion. `num_prompts` prompts, numbered as in the request."""
 
-    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
     done = DONE  # after the last event
 
     def __init__(
@@ -46,7 +46,7 @@ class Completion:
     ) -> None:
         self.request, self.params, self.num_prompts, self.tool_format = request, params, num_prompts, tool_format
         self.n, self.include_usage = params.n, request.include_usage
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.id = f"{self.prefix}{uuid.uuid4().hex}"
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
         self._newest: dict[int, RequestOutput] = {}  # by prompt
         self.echoes: Sequence[Echo] = ()  # by prompt, where they are to be repeated
@@ -188,7 +188,7 @@ class Completion:
 
 
 class ChatCompletion(Completion):
-    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
     request: ChatCompletionRequest
 
     def __init__(self, *args: Any) -> None:

@@ -42,7 +42,7 @@ class EmbeddingRequest(GenerationRequest):
 
 
 class EmbeddingAnswer(Completion):
-    prefix = "embd"
+    prefix = "embd-"
     request: EmbeddingRequest
 
     async def whole(self, outputs: AsyncIterator[RequestOutput]) -> Answer:
