@@ -142,14 +142,9 @@ async def _call(app: ASGIApp, path: str, body: bytes) -> tuple[int, str, Any]:
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": "POST",
-        "scheme": "http",
         "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
-        "client": ("batch", 0),
-        "server": ("batch", 0),
     }
     await app(scope, receive, send)
     headers = dict(sent[0]["headers"])
