@@ -309,11 +309,8 @@ class AsyncLLM:
             while self._core.pending:
                 outputs = self.engine.step()
                 for output in outputs:
-                    if output.finished:
-                        stream = self._streams.pop(output.request_id, None)
-                    else:
-                        stream = self._streams.get(output.request_id)
-                    if stream is not None:
+                    take = self._streams.pop if output.finished else self._streams.get
+                    if (stream := take(output.request_id, None)) is not None:
                         stream.put(output)
                 if self.observer is not None:
                     self.observer.stepped(outputs, self.engine.last_stats)
