@@ -34,8 +34,8 @@ class EmbeddingRequest(GenerationRequest):
         if self.stream:
             raise invalid("stream must not be true for embeddings", "stream")
 
-    def values(self) -> dict[str, Any]:
-        return {}
+    def sampling_params(self, base: SamplingParams) -> SamplingParams:
+        return ONE_TOKEN
 
     def prompts(self) -> list[Any]:
         return prompts_of("input", self.input)

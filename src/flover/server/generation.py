@@ -16,7 +16,7 @@ from flover.request import ContextLengthError, RequestOutput
 from flover.sampling_params import SamplingParams
 from flover.server.answers import Completion, Echo
 from flover.server.bodies import decode, json_response, read_body
-from flover.server.embeddings import ONE_TOKEN, EmbeddingRequest
+from flover.server.embeddings import EmbeddingRequest
 from flover.server.errors import ApiError, aborted, engine_dead, from_value_error
 from flover.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 from flover.server.responses import ResponsesRequest
@@ -38,8 +38,6 @@ class Generation:
     def _decode(self, body: bytes) -> tuple[GenerationRequest, SamplingParams]:
         request = decode(body, self.kind)
         self.service.ignored.note(request)
-        if isinstance(request, EmbeddingRequest):
-            return request, ONE_TOKEN
         chat = not isinstance(request, CompletionRequest)
         params = request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
         if chat and self.service.calls_are_special and getattr(request, "given_tools", None):

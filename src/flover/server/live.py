@@ -151,14 +151,15 @@ class LiveEndpoint:
 
     async def _events(self, watcher: Watcher) -> AsyncIterator[bytes]:
         """Until the server has nothing left to do."""
-        service = self._service
+        service, load = self._service, self._service.load
         yield event({"hello": self._hello()})
         sent = time.monotonic()
-        while not (service.draining and not service.load.live):
+        while not (service.draining and not load.live):
             await asyncio.sleep(INTERVAL)
             if watcher.steps or watcher.tokens or time.monotonic() - sent > HEARTBEAT:
                 sent = time.monotonic()
-                yield event(watcher.take() | self._now())
+                now = {"running": load.running, "waiting": load.waiting, "kv_usage": service.metrics.kv_usage}
+                yield event({**watcher.take(), **now, "state": service.state})
 
     def _hello(self) -> dict[str, Any]:
         service = self._service
@@ -172,14 +173,4 @@ class LiveEndpoint:
             "max_model_len": service.max_model_len,
             "kv_bytes": kv.num_blocks * kv.block_size * kv.bytes_per_token,
             "kv_layout": kv.layout,
-        }
-
-    def _now(self) -> dict[str, Any]:
-        service = self._service
-        load = service.load
-        return {
-            "running": load.running,
-            "waiting": load.waiting,
-            "kv_usage": service.metrics.kv_usage,
-            "state": service.state,
         }
