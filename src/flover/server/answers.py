@@ -113,16 +113,13 @@ class Completion:
         """Chunks before any text."""
         return ()
 
-    def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
-        return self._text(output, choice, index, self._echo(index) + choice.text, 0)
+    def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer | None:
+        return self._delta(output, choice, index, self._echo(index) + choice.text, 0)
 
     def _delta(
         self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
     ) -> Answer | None:
         """`text` is new, and so are the logprobs from `scored` on; None if there is nothing to tell yet."""
-        return self._text(output, choice, index, text, scored)
-
-    def _text(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
         logprobs = None
         if choice.logprobs is not None:
             tokens = choice.token_ids[scored:]

@@ -31,9 +31,6 @@ class Asked:
     timeout: float | None = None
 
 
-ANYONE = Asked()
-
-
 class Service:
     """Made before the event loop runs, used only on it. `dead` is set while there is no engine; `death` says why.
 
@@ -63,7 +60,7 @@ class Service:
         self.num_events = 0
         llm.observer = self
 
-    def open(self, prepared: Sequence[Prepared], asked: Asked = ANYONE) -> Stream:
+    def open(self, prepared: Sequence[Prepared], asked: Asked) -> Stream:
         """Queue prompts, all or none.
 
         Raises:
