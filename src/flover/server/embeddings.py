@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import numpy as np
 
-from flover.request import RequestOutput
 from flover.sampling_params import SamplingParams
 from flover.server.answers import Answer, Completion
 from flover.server.errors import invalid
@@ -45,9 +43,7 @@ class EmbeddingAnswer(Completion):
     prefix = "embd-"
     request: EmbeddingRequest
 
-    async def whole(self, outputs: AsyncIterator[RequestOutput]) -> Answer:
-        async for output in outputs:
-            self._take(output)
+    def so_far(self) -> Answer:
         data = [
             {"object": "embedding", "index": i, "embedding": self._encoded(output.embedding or [])}
             for i, output in sorted(self._newest.items())
