@@ -39,7 +39,7 @@ class Observer(Protocol):
         """A prompt has been queued; exactly one finished output of it follows, or `died`."""
 
     def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
-        """A step of the engine: the cumulative output of each prompt that it brought further."""
+        """The cumulative output of each prompt that the engine brought further; and its step, if it made one."""
 
     def died(self, error: Exception) -> None:
         """No more steps; prompts that have not finished never will."""
@@ -309,11 +309,8 @@ class AsyncLLM:
             while self._core.pending:
                 outputs = self.engine.step()
                 for output in outputs:
-                    if output.finished:
-                        stream = self._streams.pop(output.request_id, None)
-                    else:
-                        stream = self._streams.get(output.request_id)
-                    if stream is not None:
+                    take = self._streams.pop if output.finished else self._streams.get
+                    if (stream := take(output.request_id, None)) is not None:
                         stream.put(output)
                 if self.observer is not None:
                     self.observer.stepped(outputs, self.engine.last_stats)

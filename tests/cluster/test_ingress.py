@@ -8,6 +8,7 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -223,7 +224,7 @@ def test_a_node_that_goes_without_a_word_is_noticed() -> None:
     async def run() -> None:
         async with Replica(whole) as replica:
             host, _, port = replica.url.removeprefix("http://").partition(":")
-            async with Upstream(host, int(port)) as upstream:
+            with closing(Upstream(host, int(port))) as upstream:
                 await upstream.start("GET", b"/", [], b"")
                 assert upstream._writer is not None
                 end = upstream._writer.get_extra_info("socket")

@@ -17,7 +17,7 @@ from flover import AsyncLLM
 from flover.metrics import StepStats
 from flover.server.errors import ApiError
 from flover.server.live import MAX_STEPS, MAX_WATCHERS, Live, Watcher
-from flover.server.load import Load
+from flover.server.metrics import Latencies
 from flover.server.page import FOLDER, PAGE, page_routes
 
 
@@ -37,7 +37,7 @@ def test_a_watcher_sees_every_step_and_leaves_no_trace(llm: AsyncLLM) -> None:
     async def test(service: Any, app: Any) -> None:
         stats: list[StepStats] = []
         real = service.live.stepped
-        service.live.stepped = lambda outputs, new: (stats.append(new), real(outputs, new))
+        service.live.stepped = lambda latencies, new: (stats.append(new), real(latencies, new))
         body = {"prompt": "And", "max_tokens": 6, "ignore_eos": True}
         await Client(app, "/v1/completions", body).task
         assert all(not each.rows for each in stats)  # nobody watched: the engine named no rows
@@ -117,15 +117,17 @@ def test_an_engine_that_is_started_again_is_watched_too(llm: AsyncLLM) -> None:
 
 def test_watchers_are_few_and_hold_little() -> None:
     told: list[bool] = []
-    live = Live(told.append, Load(4, 1, 1))
+    live = Live(told.append)
     watchers = [live.open() for _ in range(MAX_WATCHERS)]
     with pytest.raises(ApiError) as refused:
         live.open()
     assert (refused.value.status, told) == (429, [True])
     for i in range(MAX_STEPS + 7):
-        live.stepped((), StepStats(i, 0.0, rows=["a"], num_scheduled=[1], prefilling=[False], dead=[False]))
+        stats = StepStats(i, 0.0, rows=["a"], num_scheduled=[1], prefilling=[False], dead=[False])
+        live.stepped(Latencies(1, (), (0.01,)), stats)
     taken = watchers[0].take()
     assert (len(taken["steps"]), taken["lost"], taken["steps"][0]["n"]) == (MAX_STEPS, 7, 7)
+    assert taken["tokens"] == sum(taken["itl"].values()) == MAX_STEPS + 7
     assert taken["steps"][0]["rows"] == [0]
     assert "rows" not in taken["steps"][1]
     for watcher in watchers:
@@ -154,7 +156,7 @@ def test_the_files_are_whole_strict_and_cached() -> None:
         assert response.headers["x-content-type-options"] == "nosniff"
         again = client.get(path, headers={"If-None-Match": response.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-    assert {entry.name for entry in FOLDER.iterdir()} == set(PAGE.values())  # none is forgotten
+    assert {entry.name for entry in FOLDER.iterdir()} == set(PAGE.values())  # each has a type, and none is a stray
     text = " ".join((FOLDER / name).read_text() for name in PAGE.values())
     addresses = set(re.findall(r"https?://[\w.]+", text))
     assert addresses <= {"http://www.w3.org"}  # of the icon's SVG, a name and no place

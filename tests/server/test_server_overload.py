@@ -108,6 +108,19 @@ def test_other_answers_are_cut_off_alike(llm: AsyncLLM, path: str) -> None:
     run(llm, test)
 
 
+def test_embeddings_are_cut_off_as_embeddings(llm: AsyncLLM) -> None:
+    async def test(service: Steps, app: Any) -> None:
+        first = await filled(service, app)
+        late = Client(app, "/v1/embeddings", {"input": "And", "timeout": 0.05})
+        await late.task
+        assert late.status == 504
+        assert (partial := json.loads(late.sent)["partial"])["object"] == "list"
+        assert partial["data"] == []
+        await leave(first)
+
+    run(llm, test)
+
+
 def test_the_server_s_own_limit_is_a_ceiling(llm: AsyncLLM) -> None:
     async def test(service: Steps, app: Any) -> None:
         late = Client(app, "/v1/completions", {**LONG, "timeout": 1000})
@@ -161,7 +174,7 @@ def test_a_reader_that_stalls_is_cut_off_and_others_are_not(llm: AsyncLLM, monke
 
     async def test(service: Steps, app: Any) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
-        server = server_http.http_server(app)
+        server = server_http.HttpServer(app)
         serving = asyncio.create_task(server.serve([listener]))
         stalled = socket.socket()
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

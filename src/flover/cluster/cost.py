@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flover.cluster.hardware import Device, Link
+from flover.cluster.hardware import Device
 from flover.model_config import ModelConfig
 from flover.sharding import check_ranks, local_kv_heads
 
@@ -165,13 +165,9 @@ class Cost:
         """Hidden states to the next stage."""
         if self.pp == 1:
             return 0.0
-        link = self._stage_link
+        link = self.device.node if self.tp * self.pp <= self.device.per_node else self.device.network
         share = tokens * self.model.config.hidden_size * self.model.activation_bytes / self.tp
         return link.latency + share / (link.bandwidth * self.device.efficiency.link)
-
-    @property
-    def _stage_link(self) -> Link:
-        return self.device.node if self.tp * self.pp <= self.device.per_node else self.device.network
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 

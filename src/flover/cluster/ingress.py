@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,8 +79,6 @@ class Ingress:
         self.targets = targets
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
         if scope["path"] in ("/livez", "/readyz", "/health"):
             await self._health(scope, receive, send)
             return
@@ -134,7 +133,7 @@ class Ingress:
         """-> whether an answer was passed on; False: another replica may do better. UpstreamError: nothing was."""
         query = scope["query_string"]
         path = scope["raw_path"] + (b"?" + query if query else b"")
-        async with Upstream(target.host, target.port) as upstream:
+        with closing(Upstream(target.host, target.port)) as upstream:
             target.waiting += len(body)
             try:
                 await upstream.start(scope["method"], path, scope["headers"], body)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-import msgspec
 
 from flover.config import EngineConfig
 
@@ -32,24 +30,17 @@ class Engine:
         self._loop = asyncio.new_event_loop()
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        from flover.server.batch import serve_file
+        from flover.server.batch import serve_lines
 
-        with TemporaryDirectory() as folder:
-            lines, results = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
-            with open(self._input, "rb") as file, open(lines, "wb") as part:
-                for begin, end in zip(batch["begin"].tolist(), batch["end"].tolist()):
-                    file.seek(begin)
-                    part.write(file.read(end - begin))
-            with open(results, "wb") as output:
-                self._loop.run_until_complete(serve_file(self._llm, lines, output))
-            texts = [line.decode() for line in results.read_bytes().splitlines()]  # a text's would end at U+2028 too
-        return {"text": texts, "failed": [_failed(text) for text in texts]}
-
-
-def _failed(line: str) -> bool:
-    """Whether a result is of a request that failed."""
-    result = msgspec.json.decode(line)
-    return result["error"] is not None or result["response"]["status_code"] != 200
+        lines = BytesIO()
+        with open(self._input, "rb") as file:
+            for begin, end in zip(batch["begin"].tolist(), batch["end"].tolist()):
+                file.seek(begin)
+                lines.write(file.read(end - begin))
+        lines.seek(0)
+        results: list[tuple[bytes, bool]] = []
+        self._loop.run_until_complete(serve_lines(self._llm, lines, lambda *one: results.append(one)))
+        return {"text": [text.decode() for text, _ in results], "failed": [failed for _, failed in results]}
 
 
 def run_batch_ray(

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from flover.cluster.policy import Steady, desired_replicas
+from flover.cluster.registry import make_registry, registry
 
 PATIENCE = 60.0  # seconds of too many replicas before some are given up
 MAX_ROWS = 256  # of a replica, where its settings do not say
@@ -115,7 +116,6 @@ def up(config: ClusterConfig, arguments: Sequence[str], ranks: int, drain: float
     import ray
     from ray import serve
 
-    from flover.cluster.registry import make_registry
     from flover.cluster.replica import DRAIN_MARGIN, Replica
 
     local, more = divmod(ranks, config.nodes)
@@ -207,16 +207,12 @@ def replicas(app: str) -> dict[str, tuple[str, Mapping[str, float]]]:
     """Those that serve: id -> url, load."""
     import ray
 
-    from flover.cluster.registry import registry
-
     found: dict[str, tuple[str, Mapping[str, float]]] = ray.get(registry(app).replicas.remote())
     return found
 
 
 async def ask(app: str) -> dict[str, tuple[str, Mapping[str, float]]]:
     """The same, for `ingress.watch`."""
-    from flover.cluster.registry import registry
-
     found: dict[str, tuple[str, Mapping[str, float]]] = await asyncio.wait_for(registry(app).replicas.remote(), 5)
     return found
 
@@ -225,8 +221,6 @@ def down(app: str) -> bool:
     """Let all replicas drain, and forget the application. -> whether there was one."""
     import ray
     from ray import serve
-
-    from flover.cluster.registry import registry
 
     there = app in serve.status().applications
     if there:

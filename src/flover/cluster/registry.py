@@ -9,8 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ray
-
 STALE = 4.0  # seconds without a beat after which a replica is taken for lost
 NAMESPACE = "flover"
 
@@ -48,6 +46,8 @@ class Registry:
 
 def registry(app: str) -> Any:
     """The handle of an application's registry; ValueError if there is none."""
+    import ray
+
     try:
         return ray.get_actor(f"registry-{app}", NAMESPACE)
     except ValueError:
@@ -56,6 +56,8 @@ def registry(app: str) -> Any:
 
 def make_registry(app: str) -> None:
     """Make it if there is none. Not for a replica: what that makes would go with its placement group."""
+    import ray
+
     ray.remote(Registry).options(
         name=f"registry-{app}",
         namespace=NAMESPACE,

@@ -31,7 +31,8 @@ DRAIN_MARGIN = 5.0  # seconds that Ray waits beyond the server's own drain
 
 
 class Server:
-    """A `flover serve` process of this machine.
+    """A `flover serve` process of this machine; as an actor, a further rank of a group on the node of a bundle of the
+    replica's placement group.
 
     Args:
         arguments: of `flover`. environment: on top of this process's.
@@ -55,6 +56,9 @@ class Server:
                 return line.split()[-1]
         raise RuntimeError(f"flover serve ended with code {self.process.wait()}: its reason is in this actor's log")
 
+    def running(self) -> bool:
+        return self.process.poll() is None
+
     def stop(self, seconds: float) -> None:
         """Let it drain, then end it."""
         self.process.send_signal(signal.SIGTERM)
@@ -63,16 +67,6 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-class Rank:
-    """A further rank of a group, on the node of a bundle of the replica's placement group."""
-
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._server = Server(arguments, environment)
-
-    def running(self) -> bool:
-        return self._server.process.poll() is None
 
 
 class Replica:
@@ -112,7 +106,7 @@ class Replica:
     ) -> dict[str, str]:
         """Ranks 1 and up, each an actor on its bundle; -> the variables of rank 0."""
         group: Any = get_current_placement_group()
-        kind: Any = ray.remote(num_cpus=0)(Rank)
+        kind: Any = ray.remote(num_cpus=0)(Server)
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": host}
         shared["MASTER_PORT"] = str(_free_port(host))
         for rank in range(1, ranks):
@@ -137,7 +131,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray Serve asks; RuntimeError has it start another replica, with all its ranks."""
-        if self.server.process.poll() is not None:
+        if not self.server.running():
             raise RuntimeError(f"flover serve ended with code {self.server.process.returncode}")
         for number, rank in enumerate(self._ranks, 1):
             try:

@@ -8,13 +8,13 @@ import socket
 
 from flover.cluster.ingress import Ingress, watch
 from flover.cluster.ray import ask
-from flover.server.http import http_server
+from flover.server.http import HttpServer
 from flover.server.serve import url
 
 
 async def serve_ingress(listener: socket.socket, ingress: Ingress, app: str, drain: float) -> int:
     """Serve until SIGTERM or SIGINT, then let what runs finish, `drain` seconds at most. -> exit code."""
-    server = http_server(ingress.app)
+    server = HttpServer(ingress.app)
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

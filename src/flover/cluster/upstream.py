@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from types import TracebackType
 
 import httptools
 
@@ -21,9 +20,7 @@ class UpstreamError(Exception):
 
 
 class Upstream:
-    """A request to a replica, as a context: `start` sends it, `body` yields what comes, leaving closes the connection,
-    which has the replica abort whatever still runs.
-    """
+    """A request to a replica: `start` sends it, `body` yields what comes, and `close` is due in any case."""
 
     def __init__(self, host: str, port: int) -> None:
         self._address = (host, port)
@@ -33,12 +30,8 @@ class Upstream:
         self._begun = self._complete = self._head_only = False
         self.headers: Headers = []
 
-    async def __aenter__(self) -> Upstream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the connection, which has the replica abort whatever still runs."""
         if self._writer is not None:
             self._writer.close()
 

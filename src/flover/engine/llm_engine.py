@@ -217,6 +217,7 @@ class LLMEngine:
             final_only: only of prompts whose every choice has ended; text is then made as late as stop strings allow.
         """
         output = self.core.step()
+        self.last_stats = output.stats
         if output.stats is not None:
             self._count(output.stats)
         touched: dict[str, Prepared] = {}
@@ -248,7 +249,6 @@ class LLMEngine:
         self.core.shutdown()
 
     def _count(self, stats: StepStats) -> None:
-        self.last_stats = stats
         if stats.num_prefill_tokens or stats.num_decode_tokens:
             self.num_steps += 1
             self.num_row_steps += stats.num_running

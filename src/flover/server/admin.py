@@ -34,11 +34,9 @@ def make_admin(service: Service, drain: Callable[[], None]) -> Starlette:
         return json_response({"draining": len(service.load.live)})
 
     async def abort(request: Request) -> Response:
-        given = request.path_params["request_id"]
-        names = [name for name, one in service.load.live.items() if given in (name, _answer(name), one.label)]
-        service.withdraw(names, "admin")
-        for name in names:
-            await service.llm.abort(name)
+        given, live = request.path_params["request_id"], service.load.live  # names: id of an answer, number of a prompt
+        names = [name for name, one in live.items() if given in (name, name.rpartition("-")[0], one.label)]
+        await service.abort(names, "admin")
         return json_response({"aborted": names}, 200 if names else 404)
 
     async def reset_cache(request: Request) -> Response:
@@ -73,8 +71,3 @@ def bind_admin(path: Path) -> socket.socket:
     finally:
         os.umask(before)
     return listener
-
-
-def _answer(name: str) -> str:
-    """The id that clients know, of a prompt's name."""
-    return name.rpartition("-")[0]

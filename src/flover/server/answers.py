@@ -33,7 +33,7 @@ class Echo(NamedTuple):
 class Completion:
     """The answer to a completion. `num_prompts` prompts, numbered as in the request."""
 
-    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
     done = DONE  # after the last event
 
     def __init__(
@@ -46,7 +46,7 @@ class Completion:
     ) -> None:
         self.request, self.params, self.num_prompts, self.tool_format = request, params, num_prompts, tool_format
         self.n, self.include_usage = params.n, request.include_usage
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.id = f"{self.prefix}{uuid.uuid4().hex}"
         self._head = {"created": int(time.time()), "model": model, "system_fingerprint": f"flover-{flover.__version__}"}
         self._newest: dict[int, RequestOutput] = {}  # by prompt
         self.echoes: Sequence[Echo] = ()  # by prompt, where they are to be repeated
@@ -113,16 +113,13 @@ class Completion:
         """Chunks before any text."""
         return ()
 
-    def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer:
-        return self._text(output, choice, index, self._echo(index) + choice.text, 0)
+    def _choice(self, output: RequestOutput, choice: CompletionOutput, index: int) -> Answer | None:
+        return self._delta(output, choice, index, self._echo(index) + choice.text, 0)
 
     def _delta(
         self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int
     ) -> Answer | None:
         """`text` is new, and so are the logprobs from `scored` on; None if there is nothing to tell yet."""
-        return self._text(output, choice, index, text, scored)
-
-    def _text(self, output: RequestOutput, choice: CompletionOutput, index: int, text: str, scored: int) -> Answer:
         logprobs = None
         if choice.logprobs is not None:
             tokens = choice.token_ids[scored:]
@@ -188,7 +185,7 @@ class Completion:
 
 
 class ChatCompletion(Completion):
-    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
     request: ChatCompletionRequest
 
     def __init__(self, *args: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -53,22 +53,22 @@ def make_app(service: Service) -> ASGIApp:
 def routes(service: Service) -> list[Route]:
     """Every route that there is."""
     return [
-        Route("/v1/models", _get(service, models)),
-        Route("/v1/models/{model_id:path}", _get(service, model)),
+        Route("/v1/models", partial(models, service)),
+        Route("/v1/models/{model_id:path}", partial(model, service)),
         Route("/v1/completions", Generation(service, CompletionRequest, Completion), methods=["POST"]),
         Route("/v1/chat/completions", Generation(service, ChatCompletionRequest, ChatCompletion), methods=["POST"]),
         Route("/v1/responses", Generation(service, ResponsesRequest, ResponseAnswer), methods=["POST"]),
         Route("/v1/embeddings", Generation(service, EmbeddingRequest, EmbeddingAnswer), methods=["POST"]),
-        Route("/tokenize", _get(service, tokenize), methods=["POST"]),
-        Route("/detokenize", _get(service, detokenize), methods=["POST"]),
-        Route("/livez", _get(service, livez)),
-        Route("/readyz", _get(service, readyz)),
-        Route("/health", _get(service, readyz)),
-        Route("/ping", _get(service, readyz), methods=["GET", "POST"]),
-        Route("/version", _get(service, version)),
-        Route("/openapi.json", _get(service, document)),
-        Route("/load", _get(service, load)),
-        Route("/metrics", _get(service, metrics)),
+        Route("/tokenize", partial(tokenize, service), methods=["POST"]),
+        Route("/detokenize", partial(detokenize, service), methods=["POST"]),
+        Route("/livez", partial(livez, service)),
+        Route("/readyz", partial(readyz, service)),
+        Route("/health", partial(readyz, service)),
+        Route("/ping", partial(readyz, service), methods=["GET", "POST"]),
+        Route("/version", partial(version, service)),
+        Route("/openapi.json", partial(document, service)),
+        Route("/load", partial(load, service)),
+        Route("/metrics", partial(metrics, service)),
         Route("/live", LiveEndpoint(service), methods=["GET"]),
         *page_routes(),
     ]
@@ -76,21 +76,10 @@ def routes(service: Service) -> list[Route]:
 
 # ---- simple endpoints ------------------------------------------------------------------------------------------------
 
-Handler = Callable[[Service, Request], Awaitable[Response]]
-
-
-def _get(service: Service, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        return await handler(service, request)
-
-    endpoint.__name__ = handler.__name__
-    return endpoint
-
 
 def _model_card(service: Service, name: str) -> dict[str, Any]:
-    length, root = service.max_model_len, service.model_names[0]
     card = {"id": name, "object": "model", "created": service.created, "owned_by": "flover"}
-    return {**card, "root": root, "max_model_len": length}
+    return {**card, "root": service.model_names[0], "max_model_len": service.max_model_len}
 
 
 async def models(service: Service, request: Request) -> Response:
@@ -145,9 +134,8 @@ async def livez(service: Service, request: Request) -> Response:
 
 async def readyz(service: Service, request: Request) -> Response:
     """Requests are taken in."""
-    if service.ready:
-        return json_response({"status": "ready"})
-    return json_response({"status": service.state}, 503)
+    state = service.state
+    return json_response({"status": state}, 200 if state == "ready" else 503)
 
 
 async def version(service: Service, request: Request) -> Response:

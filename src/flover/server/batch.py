@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Message
@@ -28,15 +28,20 @@ CONCURRENCY = 512  # requests at a time; more would only wait for a row
 
 def run_batch(input: Path, output: Path, engine: Mapping[str, Any]) -> tuple[int, int]:
     """-> requests served, requests that failed. ValueError: wrong settings, and what `partial_path` says."""
-    partial = partial_path(input, output)
+    partial, counts = partial_path(input, output), [0, 0]
     llm = AsyncLLM(**engine)
     try:
-        with open(partial, "wb") as file:
-            counts = asyncio.run(serve_file(llm, input, file))
+        with open(input, "rb") as lines, open(partial, "wb") as file:
+
+            def done(result: bytes, failed: bool) -> None:
+                file.write(result + b"\n")
+                counts[failed] += 1
+
+            asyncio.run(serve_lines(llm, lines, done))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, output)
-        return counts
+        return counts[0], counts[1]
     finally:
         llm.shutdown()
 
@@ -60,31 +65,27 @@ def partial_path(input: Path, output: Path) -> Path:
     return partial
 
 
-async def serve_file(llm: AsyncLLM, input: Path, file: BinaryIO) -> tuple[int, int]:
-    """-> requests served, requests that failed."""
+async def serve_lines(llm: AsyncLLM, lines: Iterable[bytes], done: Callable[[bytes, bool], object]) -> None:
+    """done: called with the result of each line as it comes, and whether it failed."""
     app = make_app(Service(llm, ServerConfig(max_queued_requests=1 << 30, max_queued_tokens=1 << 40)))
     room, tasks = asyncio.Semaphore(CONCURRENCY), set()
     seen: set[str] = set()
-    counts = [0, 0]
 
     async def one(line: bytes) -> None:
         try:
             result = await _line(app, line, seen)
-            file.write(msgspec.json.encode(result) + b"\n")
             failed = result["error"] is not None or result["response"]["status_code"] != 200
-            counts[failed] += 1
+            done(msgspec.json.encode(result), failed)
         finally:
             room.release()
 
-    with open(input, "rb") as lines:
-        for line in lines:
-            if line.strip():
-                await room.acquire()
-                task = asyncio.create_task(one(line))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-        await asyncio.gather(*tasks)
-    return counts[0], counts[1]
+    for line in lines:
+        if line.strip():
+            await room.acquire()
+            task = asyncio.create_task(one(line))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
 
 
 async def _line(app: ASGIApp, line: bytes, seen: set[str]) -> dict[str, Any]:
@@ -141,14 +142,9 @@ async def _call(app: ASGIApp, path: str, body: bytes) -> tuple[int, str, Any]:
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": "POST",
-        "scheme": "http",
         "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
-        "client": ("batch", 0),
-        "server": ("batch", 0),
     }
     await app(scope, receive, send)
     headers = dict(sent[0]["headers"])

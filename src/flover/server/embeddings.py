@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import numpy as np
 
-from flover.request import RequestOutput
 from flover.sampling_params import SamplingParams
 from flover.server.answers import Answer, Completion
 from flover.server.errors import invalid
@@ -34,20 +32,18 @@ class EmbeddingRequest(GenerationRequest):
         if self.stream:
             raise invalid("stream must not be true for embeddings", "stream")
 
-    def values(self) -> dict[str, Any]:
-        return {}
+    def sampling_params(self, base: SamplingParams) -> SamplingParams:
+        return ONE_TOKEN
 
     def prompts(self) -> list[Any]:
         return prompts_of("input", self.input)
 
 
 class EmbeddingAnswer(Completion):
-    prefix = "embd"
+    prefix = "embd-"
     request: EmbeddingRequest
 
-    async def whole(self, outputs: AsyncIterator[RequestOutput]) -> Answer:
-        async for output in outputs:
-            self._take(output)
+    def so_far(self) -> Answer:
         data = [
             {"object": "embedding", "index": i, "embedding": self._encoded(output.embedding or [])}
             for i, output in sorted(self._newest.items())

@@ -23,8 +23,9 @@ from flover.engine.wire import Connection
 from flover.lifeline import end_soon, end_with_parent
 from flover.server.admin import bind_admin, make_admin
 from flover.server.app import make_app
+from flover.server.config import ServerConfig
 from flover.server.control import Abort, Drain, Failed, Leaving, Serving, Setup, ToFront
-from flover.server.http import LINGER, HttpServer, http_server
+from flover.server.http import LINGER, HttpServer
 from flover.server.records import RequestLog
 from flover.server.restarts import Restarts
 from flover.server.service import Service
@@ -86,9 +87,10 @@ async def _serve(service: Service, listener: socket.socket, supervisor: Supervis
     told: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     supervisor.heard = lambda message: loop.call_soon_threadsafe(told.put_nowait, message)
-    server = http_server(make_app(service))
+    server = HttpServer(make_app(service))
     serving = asyncio.create_task(server.serve([listener]))
-    closing = _listen(service)
+    listeners = _listeners(service.config)
+    service.metrics.listeners += listeners
     admin = await _serve_admin(service, told, supervisor)
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
@@ -112,23 +114,19 @@ async def _serve(service: Service, listener: socket.socket, supervisor: Supervis
         admin_server, admin_serving = admin
         admin_server.should_exit = True
         await admin_serving
-    for close in closing:
-        await asyncio.to_thread(close)
+    for one in listeners:
+        await asyncio.to_thread(one.close)
     return code
 
 
-def _listen(service: Service) -> list[Callable[[], None]]:
-    """Who is told of the end of each request; -> what closes them."""
-    config, closing = service.config, []
+def _listeners(config: ServerConfig) -> list[RequestLog | Tracing]:
+    """Who is told of the end of each request."""
+    listeners: list[RequestLog | Tracing] = []
     if config.log_requests:
-        log = RequestLog(config.log_prompts)
-        service.metrics.listeners.append(log)
-        closing.append(log.close)
+        listeners.append(RequestLog(config.log_prompts))
     if config.otlp_traces_endpoint:
-        tracing = Tracing(config.otlp_traces_endpoint)
-        service.metrics.listeners.append(tracing)
-        closing.append(tracing.close)
-    return closing
+        listeners.append(Tracing(config.otlp_traces_endpoint))
+    return listeners
 
 
 async def _serve_admin(
@@ -148,7 +146,7 @@ async def _serve_admin(
         supervisor.say(Leaving())
         told.put_nowait(Drain())
 
-    server = http_server(make_admin(service, drain))
+    server = HttpServer(make_admin(service, drain))
 
     async def serve() -> None:
         with listener:
@@ -171,7 +169,7 @@ async def _until_told(service: Service, told: asyncio.Queue[Any]) -> None:
         again.cancel()
     if service.load.live:
         logger.warning("requests aborted: %d", len(service.load.live))
-        await service.abort_all()
+        await service.abort(service.llm.live_request_ids, "shutdown")
         await asyncio.wait({drained}, timeout=LINGER)
         if service.load.live:  # the engine hangs: only its end tells the streams
             await service.llm.end_engine()

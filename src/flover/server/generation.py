@@ -16,7 +16,7 @@ from flover.request import ContextLengthError, RequestOutput
 from flover.sampling_params import SamplingParams
 from flover.server.answers import Completion, Echo
 from flover.server.bodies import decode, json_response, read_body
-from flover.server.embeddings import ONE_TOKEN, EmbeddingRequest
+from flover.server.embeddings import EmbeddingRequest
 from flover.server.errors import ApiError, aborted, engine_dead, from_value_error
 from flover.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 from flover.server.responses import ResponsesRequest
@@ -38,8 +38,6 @@ class Generation:
     def _decode(self, body: bytes) -> tuple[GenerationRequest, SamplingParams]:
         request = decode(body, self.kind)
         self.service.ignored.note(request)
-        if isinstance(request, EmbeddingRequest):
-            return request, ONE_TOKEN
         chat = not isinstance(request, CompletionRequest)
         params = request.sampling_params(self.service.chat_params if chat else self.service.completion_params)
         if chat and self.service.calls_are_special and getattr(request, "given_tools", None):
@@ -58,7 +56,9 @@ class Generation:
         request.check_rows(len(prompts))
         service.check_room(params.n * len(prompts))  # before the work; what came meanwhile is seen below
         answer: Completion = self.answer(request, params, model, len(prompts), service.tool_format)
-        salt = scope.get("state", {}).get("key", "") + (request.cache_salt or "")
+        state = scope.get("state", {})
+        asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
+        salt = asked.key + (request.cache_salt or "")
         prepared = [
             await self._prepare(request, prompt, params, answer.request_id(i), salt) for i, prompt in enumerate(prompts)
         ]
@@ -66,8 +66,6 @@ class Generation:
             answer.echoes = await service.llm.in_thread(self._echoes, prepared, params.skip_special_tokens)
         if isinstance(request, CompletionRequest | ChatCompletionRequest) and request.return_token_ids:
             answer.prompt_ids = [one.prompt_token_ids for one in prepared]
-        state = scope.get("state", {})
-        asked = Asked(state.get("key", ""), state.get("request_id", ""), request.queue_timeout, request.timeout)
         stream = service.open(prepared, asked)
         try:
             outputs = self._outputs(stream)

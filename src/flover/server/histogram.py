@@ -15,15 +15,17 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_00
 class Histogram:
     """Values in buckets; seconds unless the bounds say otherwise."""
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    def __init__(self, name: str, help: str, bounds: Sequence[float]) -> None:
+        self._name, self._help = name, help
         self._bounds, self._counts, self._sum = bounds, [0] * (len(bounds) + 1), 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, *values: float) -> None:
+        for value in values:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self._sum += value
 
-    def family(self, name: str, help: str) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(name, help)
+    def family(self, prefix: str) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(prefix + self._name, self._help)
         total, buckets = 0, []
         for bound, count in zip([*(str(float(b)) for b in self._bounds), "+Inf"], self._counts):
             total += count

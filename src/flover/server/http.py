@@ -32,7 +32,7 @@ class HttpProtocol(HttpToolsProtocol):
     _head_bytes = 0  # received, perhaps with what follows the head
     _parsed_bytes = 0
     _in_head = True
-    _head_timer: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -43,25 +43,26 @@ class HttpProtocol(HttpToolsProtocol):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        self._stop_write_timer()
+        self._head_timer.cancel()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """The client does not read: it has `WRITE_SECONDS` to take what is buffered."""
         super().pause_writing()
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_write_timer()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._parsed_bytes = True, 0
-        if self._head_timer is None:  # a later request of the connection
+        if not self._in_head:  # a later request of the connection
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._late)
+        self._in_head, self._parsed_bytes = True, 0
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -79,7 +80,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
-        self._stop_timer()
+        self._head_timer.cancel()
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
@@ -96,19 +97,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._close_with(400, msg)
 
     def _late(self) -> None:
-        self._head_timer = None
         if self._in_head and not self.transport.is_closing():
             self._close_with(408, f"the request's head did not arrive within {HEAD_SECONDS:g} seconds")
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _stop_write_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
 
     def _close_with(self, status: int, message: str) -> None:
         if self.cycle is None or self.cycle.response_complete:  # else an answer is under way, and this one would mix in
@@ -119,24 +109,22 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, but signals are for whoever runs it."""
+    """uvicorn over an application, with our protocol and nothing of its own; signals are for whoever runs it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        settings = uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=int(LINGER),
+        )
+        super().__init__(settings)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
-
-
-def http_server(app: ASGIApp) -> HttpServer:
-    """uvicorn over an application, with our protocol and nothing of its own."""
-    settings = uvicorn.Config(
-        app,
-        http=HttpProtocol,
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=int(LINGER),
-    )
-    return HttpServer(settings)

@@ -11,16 +11,15 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
 import flover
 from flover.metrics import StepStats
-from flover.request import RequestOutput
 from flover.server.errors import ApiError
-from flover.server.load import Load
+from flover.server.metrics import Latencies
 from flover.server.sse import event, send_events, until_disconnect
 
 if TYPE_CHECKING:
@@ -99,10 +98,9 @@ class Watcher:
 class Live:
     """The watchers. `watch` turns the naming of rows on and off."""
 
-    def __init__(self, watch: Callable[[bool], None], load: Load) -> None:
-        self._watch, self._load = watch, load
+    def __init__(self, watch: Callable[[bool], None]) -> None:
+        self._watch = watch
         self.watchers: set[Watcher] = set()
-        self._last: StepStats | None = None
 
     def open(self) -> Watcher:
         """ApiError 429 if there are MAX_WATCHERS."""
@@ -119,32 +117,14 @@ class Live:
         if not self.watchers:
             self._watch(False)
 
-    def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
-        """As an observer; before the load knows of these outputs."""
-        if not self.watchers:
-            return
-        tokens, ttft, itl = self._latencies(outputs)
-        fresh = stats if stats is not self._last and stats is not None and (stats.rows or stats.leaves) else None
-        self._last = stats
+    def stepped(self, latencies: Latencies, stats: StepStats | None) -> None:
+        """As an observer."""
         for watcher in self.watchers:
-            watcher.tokens += tokens
-            watcher.ttft.update(ttft)
-            watcher.itl.update(itl)
-            if fresh is not None:
-                watcher.add(fresh)
-
-    def _latencies(self, outputs: Sequence[RequestOutput]) -> tuple[int, list[int], list[int]]:
-        """-> new tokens, buckets of first tokens, buckets of gaps."""
-        now, tokens = time.monotonic(), 0
-        ttft: list[int] = []
-        itl: list[int] = []
-        for output in outputs:
-            one = self._load.live.get(output.request_id)
-            new = sum(len(choice.token_ids) for choice in output.outputs) - (one.num_tokens if one else 0)
-            if one is not None and new > 0:
-                tokens += new
-                (itl if one.num_tokens else ttft).append(_bucket(now - (one.last if one.num_tokens else one.arrival)))
-        return tokens, ttft, itl
+            watcher.tokens += latencies.tokens
+            watcher.ttft.update(map(_bucket, latencies.ttft))
+            watcher.itl.update(map(_bucket, latencies.itl))
+            if stats is not None and (stats.rows or stats.leaves):
+                watcher.add(stats)
 
 
 def _bucket(seconds: float) -> int:
@@ -171,14 +151,15 @@ class LiveEndpoint:
 
     async def _events(self, watcher: Watcher) -> AsyncIterator[bytes]:
         """Until the server has nothing left to do."""
-        service = self._service
+        service, load = self._service, self._service.load
         yield event({"hello": self._hello()})
         sent = time.monotonic()
-        while not (service.draining and not service.load.live):
+        while not (service.draining and not load.live):
             await asyncio.sleep(INTERVAL)
             if watcher.steps or watcher.tokens or time.monotonic() - sent > HEARTBEAT:
                 sent = time.monotonic()
-                yield event(watcher.take() | self._now())
+                now = {"running": load.running, "waiting": load.waiting, "kv_usage": service.metrics.kv_usage}
+                yield event({**watcher.take(), **now, "state": service.state})
 
     def _hello(self) -> dict[str, Any]:
         service = self._service
@@ -192,14 +173,4 @@ class LiveEndpoint:
             "max_model_len": service.max_model_len,
             "kv_bytes": kv.num_blocks * kv.block_size * kv.bytes_per_token,
             "kv_layout": kv.layout,
-        }
-
-    def _now(self) -> dict[str, Any]:
-        service = self._service
-        load = service.load
-        return {
-            "running": load.running,
-            "waiting": load.waiting,
-            "kv_usage": service.metrics.kv_usage,
-            "state": service.state,
         }

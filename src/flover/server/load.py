@@ -27,8 +27,9 @@ class Rate:
         self._sum = self._decayed() + amount
         self._at = time.monotonic()
 
-    def per_second(self) -> float:
-        return self._decayed() / RATE_SECONDS
+    def seconds(self, amount: float) -> str:
+        """Whole seconds in which so many come, as Retry-After has them."""
+        return str(max(1, min(math.ceil(amount / max(self._decayed() / RATE_SECONDS, 1e-3)), MAX_RETRY_AFTER)))
 
     def _decayed(self) -> float:
         return self._sum * math.exp((self._at - time.monotonic()) / RATE_SECONDS)
@@ -60,7 +61,7 @@ class Load:
         self.max_rows = max_rows
         self.max_queued_requests, self.max_queued_tokens = max_queued_requests, max_queued_tokens
         self.live: dict[str, Live] = {}
-        self.stats: StepStats | None = None
+        self.stats: StepStats | None = None  # of the last step
         self.rows = 0
         self.queued_tokens = 0
         self._row_rate, self._token_rate = Rate(), Rate()
@@ -68,16 +69,8 @@ class Load:
     @property
     def waiting(self) -> int:
         """Rows without a place in the batch; new ones are taken to find one where there is room."""
-        return max(0, self.rows - (self.max_rows if self._has_room else self._num_running))
-
-    @property
-    def _num_running(self) -> int:
-        return 0 if self.stats is None else self.stats.num_running
-
-    @property
-    def _has_room(self) -> bool:
-        """Whether the last step left nothing waiting."""
-        return self.stats is None or self.stats.num_waiting == 0
+        stats = self.stats
+        return max(0, self.rows - (stats.num_running if stats is not None and stats.num_waiting else self.max_rows))
 
     @property
     def running(self) -> int:
@@ -87,8 +80,7 @@ class Load:
         """Raises:
         ApiError: 429 with Retry-After, if so much more does not fit the queue.
         """
-        free = max(0, self.max_rows - self.rows) if self._has_room else 0
-        over_rows = self.waiting + max(0, rows - free) - self.max_queued_requests
+        over_rows = self.waiting + rows - self.max_queued_requests
         over_tokens = self.queued_tokens + tokens - self.max_queued_tokens
         if over_rows > 0 and self.waiting:
             what = f"{self.waiting} requests wait, the limit is {self.max_queued_requests}"
@@ -101,9 +93,6 @@ class Load:
         self.live[request_id] = Live(time.monotonic(), rows, tokens, choices=rows)
         self.rows += rows
         self.queued_tokens += tokens
-
-    def stepped(self, stats: StepStats) -> None:
-        self.stats = stats
 
     def shrink(self, one: Live, rows: int) -> None:
         """Some choices of a prompt have ended: `rows` are left."""
@@ -127,12 +116,8 @@ class Load:
 
     def retry_after(self, rows: float) -> str:
         """Whole seconds in which so many rows will have started, at the rate of late."""
-        return _seconds(rows, self._row_rate)
+        return self._row_rate.seconds(rows)
 
     def _full(self, what: str, over: int, rate: Rate) -> ApiError:
-        headers = {"Retry-After": _seconds(over, rate)}
+        headers = {"Retry-After": rate.seconds(over)}
         return ApiError(429, f"the queue is full: {what}", kind="rate_limit_error", code="queue_full", headers=headers)
-
-
-def _seconds(amount: float, rate: Rate) -> str:
-    return str(max(1, min(math.ceil(amount / max(rate.per_second(), 1e-3)), MAX_RETRY_AFTER)))

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -24,6 +25,14 @@ from flover.server.records import EndRecord, Listener
 
 Kind = type[GaugeMetricFamily | CounterMetricFamily]
 PREFIXES = {"flover": "flover:", "vllm": "vllm:"}  # --metrics-compat
+
+
+class Latencies(NamedTuple):
+    """What a step brought: new tokens, seconds to those that are a prompt's first, and since the one before."""
+
+    tokens: int
+    ttft: Sequence[float]
+    itl: Sequence[float]
 
 
 class Metrics(Collector):
@@ -44,15 +53,20 @@ class Metrics(Collector):
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.preemptions = self.restarts = 0
         self.blocks = (0, 0, 0)  # of the KV cache: free, cached, used
         self.listeners: list[Listener] = []
-        self._stats: StepStats | None = None
-        self._ttft, self._e2e, self._queue = Histogram(LATENCY), Histogram(LATENCY), Histogram(LATENCY)
-        self._prefill, self._decode, self._inference = Histogram(LATENCY), Histogram(LATENCY), Histogram(LATENCY)
-        self._itl, self._tpot, self._step = Histogram(GAPS), Histogram(GAPS), Histogram(GAPS)
-        self._prompt_lens, self._output_lens, self._step_tokens = (
-            Histogram(TOKENS),
-            Histogram(TOKENS),
-            Histogram(TOKENS),
+        self._ttft = Histogram("time_to_first_token_seconds", "Arrival to first token.", LATENCY)
+        self._itl = Histogram("inter_token_latency_seconds", "Between tokens of a prompt.", GAPS)
+        self._tpot = Histogram(
+            "request_time_per_output_token_seconds", "Mean gap of a prompt, of those that finished.", GAPS
         )
+        self._e2e = Histogram("e2e_request_latency_seconds", "Arrival to last token, of those that finished.", LATENCY)
+        self._queue = Histogram("request_queue_time_seconds", "Arrival to scheduled.", LATENCY)
+        self._prefill = Histogram("request_prefill_time_seconds", "Scheduled to first token.", LATENCY)
+        self._decode = Histogram("request_decode_time_seconds", "First to last token.", LATENCY)
+        self._inference = Histogram("request_inference_time_seconds", "Scheduled to last token.", LATENCY)
+        self._prompt_lens = Histogram("request_prompt_tokens", "Prompt tokens of a prompt that finished.", TOKENS)
+        self._output_lens = Histogram("request_generation_tokens", "Its output tokens.", TOKENS)
+        self._step_tokens = Histogram("iteration_tokens_total", "Tokens of a step.", TOKENS)
+        self._step = Histogram("step_seconds", "A step of the engine, from plan to result.", GAPS)
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -62,14 +76,15 @@ class Metrics(Collector):
         self.accepted += 1
         self.load.add(prepared.request_id, len(prepared.choices), len(prepared.prompt_token_ids))
 
-    def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
-        if stats is not None and stats is not self._stats:
-            self._stats = stats
-            self.load.stepped(stats)
+    def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> Latencies:
+        if stats is not None:
+            self.load.stats = stats
             if stats.end:
                 self._step.observe(stats.end - stats.start)
                 self._step_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
-        now = time.monotonic()
+        now, tokens_before = time.monotonic(), self.generation_tokens
+        ttft: list[float] = []
+        itl: list[float] = []
         for output in outputs:
             one = self.load.live.get(output.request_id)
             if one is None:
@@ -84,14 +99,17 @@ class Metrics(Collector):
             if new:
                 self.generation_tokens += new
                 if one.num_tokens:
-                    self._itl.observe(now - one.last)
+                    itl.append(now - one.last)
                 else:
-                    self._ttft.observe(now - one.arrival)
+                    ttft.append(now - one.arrival)
                     self.prompt_tokens += one.prompt_tokens
                     self.load.started(one)
                 one.num_tokens, one.last = num_tokens, now
             if output.finished:
                 self._end(output, now)
+        self._ttft.observe(*ttft)
+        self._itl.observe(*itl)
+        return Latencies(self.generation_tokens - tokens_before, ttft, itl)
 
     def died(self, error: Exception) -> None:
         now = time.monotonic()
@@ -138,9 +156,7 @@ class Metrics(Collector):
         """An end to the listeners; `output` is what there is of it."""
         if not self.listeners:
             return
-        times = None if output is None else output.metrics
-        scheduled = times is not None and times.first_scheduled_time
-        started = times is not None and times.first_token_time
+        times = output.metrics if output else None
         record = EndRecord(
             request_id=request_id,
             label=one.label,
@@ -148,15 +164,15 @@ class Metrics(Collector):
             reason=reason,
             arrival=time.time() - (now - one.arrival),
             prompt_tokens=one.prompt_tokens,
-            cached_tokens=0 if output is None else output.num_cached_tokens,
+            cached_tokens=output.num_cached_tokens if output else 0,
             output_tokens=one.num_tokens,
             choices=one.choices,
-            preemptions=0 if times is None else times.num_preemptions,
-            queue=times.first_scheduled_time - times.arrival_time if times is not None and scheduled else None,
-            ttft=times.ttft if times is not None and started else None,
+            preemptions=times.num_preemptions if times else 0,
+            queue=times.first_scheduled_time - times.arrival_time if times and times.first_scheduled_time else None,
+            ttft=times.ttft if times and times.first_token_time else None,
             e2e=now - one.arrival,
-            error=next((c.error for c in output.outputs if c.error), None) if output is not None else None,
-            prompt=None if output is None else output.prompt,
+            error=next((c.error for c in output.outputs if c.error), None) if output else None,
+            prompt=output.prompt if output else None,
         )
         for listener in self.listeners:
             listener(record)
@@ -198,21 +214,9 @@ class Metrics(Collector):
         yield counter("prefix_cache_hits", "Of them, found; when a prompt ends.", self.cached_tokens)
         yield counter("num_preemptions", "Rows preempted.", self.preemptions)
         yield counter("engine_restarts", "Engines started after one died.", self.restarts)
-        for name, help, histogram in (
-            ("time_to_first_token_seconds", "Arrival to first token.", self._ttft),
-            ("inter_token_latency_seconds", "Between tokens of a prompt.", self._itl),
-            ("request_time_per_output_token_seconds", "Mean gap of a prompt, of those that finished.", self._tpot),
-            ("e2e_request_latency_seconds", "Arrival to last token, of those that finished.", self._e2e),
-            ("request_queue_time_seconds", "Arrival to scheduled.", self._queue),
-            ("request_prefill_time_seconds", "Scheduled to first token.", self._prefill),
-            ("request_decode_time_seconds", "First to last token.", self._decode),
-            ("request_inference_time_seconds", "Scheduled to last token.", self._inference),
-            ("request_prompt_tokens", "Prompt tokens of a prompt that finished.", self._prompt_lens),
-            ("request_generation_tokens", "Its output tokens.", self._output_lens),
-            ("iteration_tokens_total", "Tokens of a step.", self._step_tokens),
-            ("step_seconds", "A step of the engine, from plan to result.", self._step),
-        ):
-            yield histogram.family(self._prefix + name, help)
+        for histogram in vars(self).values():
+            if isinstance(histogram, Histogram):
+                yield histogram.family(self._prefix)
 
     def _family(self, kind: Kind, name: str, help: str, value: float | Mapping[str, int], label: str = "") -> Metric:
         """`value` is one number, or one for each value of the label."""

@@ -1,4 +1,5 @@
 """Plain ASGI middleware, outermost first: request ids, keys, bodies. None of it hides a disconnect from the routes.
+Every scope is a request: `http.HttpServer` has no other.
 
 A request id is a label and decides nothing; the keys come before anything that reads a body or looks at a route.
 """
@@ -29,9 +30,6 @@ class RequestId:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         given = _header(scope, b"x-request-id")
         usable = 0 < len(given) <= MAX_REQUEST_ID and all(33 <= byte <= 126 for byte in given)
         request_id = given if usable else uuid.uuid4().hex.encode()
@@ -56,7 +54,7 @@ class Auth:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._digests and scope["path"] not in OPEN_PATHS:
+        if self._digests and scope["path"] not in OPEN_PATHS:
             scheme, _, key = _header(scope, b"authorization").partition(b" ")
             digest = _digest(key.strip())
             known = [hmac.compare_digest(digest, one) for one in self._digests]  # all of them: constant time
@@ -81,7 +79,7 @@ class Bodies:
         self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+        if scope["method"] in ("GET", "HEAD"):
             await self.app(scope, receive, send)
             return
         try:

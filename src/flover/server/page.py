@@ -15,20 +15,8 @@ from starlette.routing import Route
 
 FOLDER = files("flover.server") / "page"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-PAGE = {"/": "index.html"} | {
-    f"/page/{name}": name
-    for name in (
-        "page.css",
-        "main.js",
-        "api.js",
-        "playground.js",
-        "card.js",
-        "live.js",
-        "history.js",
-        "fusion.js",
-        "paint.js",
-    )
-}
+NAMES = [file.name for file in FOLDER.iterdir() if file.name.rpartition(".")[2] in TYPES]
+PAGE = {"/" if name == "index.html" else f"/page/{name}": name for name in NAMES}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -59,10 +59,8 @@ class RequestLog:
         values = {"event": "request_end", "time": round(time.time(), 3), **asdict(record)}
         if not self._prompts:
             del values["prompt"]
-        for name, value in values.items():
-            if isinstance(value, float):
-                values[name] = round(value, 6)
-        self._logger.info("%s", json.dumps({k: v for k, v in values.items() if v is not None}))
+        told = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        self._logger.info("%s", json.dumps(told))
 
     def close(self) -> None:
         """Write what is left."""

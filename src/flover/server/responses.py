@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -95,13 +94,11 @@ class ResponsesRequest(GenerationRequest):
 class ResponseAnswer(Completion):
     """One answer. Its events are numbered, and named by their type; there is no [DONE]."""
 
-    prefix = "resp"
-    done = b""
+    prefix, done = "resp_", b""
     request: ResponsesRequest
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.id = f"resp_{uuid.uuid4().hex}"
         self._number = 0
 
     def _items(self) -> Items:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -139,16 +139,13 @@ class Supervisor:
         self._serving_since, self._cause = None, ""
         with contextlib.suppress(OSError):  # it has ended, which the loop will see
             self._connection.send(Setup(self._config, dict(self._engine), sys.stderr.isatty()))
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._told, selectors.EVENT_READ)
-            selector.register(mine, selectors.EVENT_READ)
-            ended = False
-            while not ended:
-                for key, _ in selector.select():
-                    if key.fileobj is self._told:
-                        self._take_signals()
-                    else:
-                        ended = self._take_messages() or ended
+        ended = False
+        while not ended:
+            for ready in select.select([self._told, mine], [], [])[0]:
+                if ready is mine:
+                    ended = self._take_messages()
+                else:
+                    self._take_signals()
         mine.close()
         try:
             code = self._process.wait(END_SECONDS)
@@ -204,7 +201,5 @@ class Supervisor:
 
     def _pause(self, seconds: float) -> None:
         """Until they are over, or a signal comes."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._told, selectors.EVENT_READ)
-            if selector.select(seconds):
-                self._take_signals()
+        if select.select([self._told], [], [], seconds)[0]:
+            self._take_signals()

@@ -31,9 +31,6 @@ class Asked:
     timeout: float | None = None
 
 
-ANYONE = Asked()
-
-
 class Service:
     """Made before the event loop runs, used only on it. `dead` is set while there is no engine; `death` says why.
 
@@ -57,13 +54,13 @@ class Service:
         self.calls_are_special = tokenizer is not None and tokenizer.is_special(begin)
         self.ignored = Ignored()
         self.draining = self.stalled = False
-        self.live = Live(llm.watch, self.load)
+        self.live = Live(llm.watch)
         self.dead = asyncio.Event()
         self.death = ""
         self.num_events = 0
         llm.observer = self
 
-    def open(self, prepared: Sequence[Prepared], asked: Asked = ANYONE) -> Stream:
+    def open(self, prepared: Sequence[Prepared], asked: Asked) -> Stream:
         """Queue prompts, all or none.
 
         Raises:
@@ -125,13 +122,8 @@ class Service:
             raise draining()
 
     @property
-    def ready(self) -> bool:
-        """Whether requests are taken in and answered."""
-        return self.state == "ready"
-
-    @property
     def state(self) -> str:
-        """ready, or why not: draining, engine dead, engine stalled."""
+        """ready: requests are taken in and answered; or why not: draining, engine dead, engine stalled."""
         if self.draining:
             return "draining"
         if not self.llm.is_running:
@@ -152,11 +144,11 @@ class Service:
         while self.load.live:
             await asyncio.sleep(0.02)
 
-    async def abort_all(self) -> None:
-        """End every request with an error."""
-        self.withdraw(self.llm.live_request_ids, "shutdown")
-        for request_id in self.llm.live_request_ids:
-            await self.llm.abort(request_id)
+    async def abort(self, names: Sequence[str], why: str) -> None:
+        """End requests with an error; why: as in `withdraw`."""
+        self.withdraw(names, why)
+        for name in names:
+            await self.llm.abort(name)
 
     # ---- as the engine's observer ------------------------------------------------------------------------------------
 
@@ -167,8 +159,7 @@ class Service:
     def stepped(self, outputs: Sequence[RequestOutput], stats: StepStats | None) -> None:
         self.num_events += 1
         self.metrics.blocks = self.llm.kv_blocks
-        self.live.stepped(outputs, stats)  # first: it asks when the token before came
-        self.metrics.stepped(outputs, stats)
+        self.live.stepped(self.metrics.stepped(outputs, stats), stats)
 
     def died(self, error: Exception) -> None:
         self.metrics.died(error)

@@ -53,7 +53,7 @@ class CallReader:
         if self._in_string:
             self._in_text(character)
         elif self._depth == 1 and character == "," and value:
-            self._end_value()
+            self._key, self._string = None, ""
         elif self._depth == 1 and character == ":" and self._string and not value:
             self._key, self._begun, self._string = json.loads(self._string), False, ""
             return
@@ -92,9 +92,6 @@ class CallReader:
         except ValueError:
             raise BrokenCallError from None
         self._key, self._string = "", ""
-
-    def _end_value(self) -> None:
-        self._key, self._string = None, ""
 
     def _end(self) -> None:
         if not self.name:
@@ -206,7 +203,7 @@ class ToolParser:
         known = self._call.name is not None
         try:
             self._call.push(character)
-        except (BrokenCallError, ValueError):
+        except ValueError:
             text, self._held, self._raw = self._held + self._raw, "", ""
             self._mode, self._closed = "content", True
             return [Content(text)]
