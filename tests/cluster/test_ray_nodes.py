@@ -31,11 +31,11 @@ class Nodes:
     def add(self) -> Any:
         return self.cluster.add_node(num_cpus=1)
 
-    def flover(self, *words: str) -> str:
+    def flover(self, *words: str, codes: tuple[int, ...] = (0,)) -> str:
         done = subprocess.run(
             command("cluster", *words, "--ray-address", self.address), timeout=200, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode in codes, done.stderr
         return done.stdout
 
     def kill(self, node: Any) -> None:
@@ -47,9 +47,9 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def serving(self, count: int, seconds: float) -> None:
-        """Wait until so many replicas serve."""
+        """Wait until so many replicas serve; on a busy machine none may, for a moment (1)."""
         deadline = time.monotonic() + seconds
-        while self.flover("status").count("http://") < count:
+        while self.flover("status", codes=(0, 1)).count("http://") < count:
             assert time.monotonic() < deadline, f"{count} replicas do not serve after {seconds} s"
             time.sleep(1)
 
