@@ -16,7 +16,8 @@ from flover.bench.records import Job
 from flover.bench.workload import Interval, Uniform
 
 MODES = {"off": "fused:off", "move": OURS, "indirect": "fused:indirect", "paged": "fused:paged"}
-RULE_TP = "Verdict: by the least gain at the most ranks; Reproduced from 1.29 on, Partly above 1.02, else No."
+GAINED, NOISE = 1.29, 1.02  # of the paper's least gains; what a gain has to be above
+RULE_TP = f"Verdict: by the least gain at the most ranks; Reproduced from {GAINED} on, Partly above {NOISE}, else No."
 REFERENCE = 504  # tokens of a request that serial computes at most; longer outputs are compared up to there
 
 
@@ -223,7 +224,7 @@ def _tp_verdict(moved: Sequence[Data], upper: int, counts: Sequence[int]) -> str
     most, rows = max(by_ranks), [row["gain_by_rows"] for row in moved]
     # no reordering saves more than all dead rows; what goes beyond is noise
     real = min(min(row["gain"], row["gain_by_rows"]) for row in by_ranks[most])
-    word = "Gap" if most == 1 else "Reproduced" if real >= 1.29 else "Partly" if real > 1.02 else "No"
+    word = "Gap" if most == 1 else "Reproduced" if real >= GAINED else "Partly" if real > NOISE else "No"
     return (
         f"{word}: gains of move over off, at {', '.join(map(str, counts))} requests of up to {upper} tokens: {gains};"
         f" in the paper 1.46 to 3.30 on 2 to 8 ranks. By bytes a dead row costs its keys and values only; if it cost as"

@@ -143,12 +143,23 @@ def attention(
     assert k_cache.dtype == v_cache.dtype
     cos, sin, interleaved = rotary or (None, None, False)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    block_d = max(32 if k_cache.element_size() == 1 else 16, triton.next_power_of_2(head_dim))
-    common: dict[str, Any] = {
+    shared: dict[str, Any] = {  # what both kernels take, by name
+        "q": q,
+        "out": out,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": meta.block_table,
+        "rows": meta.rows,
+        "seq_lens": meta.seq_lens,
+        "slopes_ptr": q if alibi is None else alibi,
+        "scale": scale,
+        "softcap": softcap or 1.0,
+        "stride_q": q.stride(0),
+        "stride_table": meta.block_table.stride(0),
         "NUM_HEADS": num_heads,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
+        "BLOCK_D": max(32 if k_cache.element_size() == 1 else 16, triton.next_power_of_2(head_dim)),
         "BLOCK_SIZE": meta.block_size,
         "CONTIGUOUS": meta.contiguous,
         "WINDOW": window or 0,
@@ -156,61 +167,59 @@ def attention(
         "ALIBI": alibi is not None,
         **launch_options(q.device),
     }
-    slopes = q if alibi is None else alibi
-    wide, fp8 = q.dtype == torch.float32, k_cache.element_size() == 1
-    where = (meta.block_table, meta.rows, meta.seq_lens)
-    scalars = (scale, softcap or 1.0, q.stride(0))
-    stride_table = meta.block_table.stride(0)
     if meta.num_decode:
-        n = meta.num_decode
-        splits = num_splits(n * kv_heads)
-        parts = n * num_heads * splits if splits > 1 else 0
-        acc = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
-        maxima = torch.empty(parts * 2, dtype=torch.float32, device=q.device)
-        decode[(kv_heads, n, splits)](
-            q,
-            k,
-            v,
-            q if cos is None else cos,
-            q if sin is None else sin,
-            slots,
-            out,
-            k_cache,
-            v_cache,
-            *where,
-            slopes,
-            acc,
-            maxima,
-            arrivals(q.device),
-            *scalars,
-            k.stride(0),
-            v.stride(0),
-            stride_table,
-            PAIRS=0 if cos is None else cos.shape[-1],
-            INTERLEAVED=interleaved,
-            GROUP=max(16, triton.next_power_of_2(num_heads // kv_heads)),
-            SPLITS=splits,
-            SPLIT_UNIT=MIN_SPLIT,
-            **decode_options(block_d, wide, fp8, n * kv_heads * splits, meta.contiguous),
-            **common,
-        )
-    if meta.tile_entry is not None and meta.tile_start is not None:
+        _launch_decode(shared, k, v, slots, meta, cos, sin, interleaved)
+    if meta.tile_entry is not None:
         rotary_store(q, k, v, cos, sin, k_cache, v_cache, slots, interleaved=interleaved)  # decode's again: no harm
-        pack = 1 if batch_invariant else PREFILL_ROWS // meta.tile_queries
-        prefill[(num_heads // pack, len(meta.tile_entry))](
-            q,
-            out,
-            k_cache,
-            v_cache,
-            *where,
-            meta.query_start,
-            meta.tile_entry,
-            meta.tile_start,
-            slopes,
-            *scalars,
-            stride_table,
-            PACK=pack,
-            **prefill_options(block_d, wide, batch_invariant, meta.contiguous),
-            **common,
-        )
+        _launch_prefill(shared, meta, batch_invariant)
     return out
+
+
+def _launch_decode(
+    shared: dict[str, Any],
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    meta: DeviceMetadata,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+) -> None:
+    q, k_cache, n = shared["q"], shared["k_cache"], meta.num_decode
+    num_heads, (_, kv_heads, head_dim) = q.shape[1], k_cache.shape
+    splits = num_splits(n * kv_heads)
+    parts = n * num_heads * splits if splits > 1 else 0
+    wide, fp8 = q.dtype == torch.float32, k_cache.element_size() == 1
+    decode[(kv_heads, n, splits)](
+        **shared,
+        k=k,
+        v=v,
+        cos=q if cos is None else cos,
+        sin=q if sin is None else sin,
+        slots=slots,
+        part_acc=torch.empty(parts * head_dim, dtype=torch.float32, device=q.device),
+        part_m=torch.empty(parts * 2, dtype=torch.float32, device=q.device),
+        arrived=arrivals(q.device),
+        stride_k=k.stride(0),
+        stride_v=v.stride(0),
+        PAIRS=0 if cos is None else cos.shape[-1],
+        INTERLEAVED=interleaved,
+        GROUP=max(16, triton.next_power_of_2(num_heads // kv_heads)),
+        SPLITS=splits,
+        SPLIT_UNIT=MIN_SPLIT,
+        **decode_options(shared["BLOCK_D"], wide, fp8, n * kv_heads * splits, meta.contiguous),
+    )
+
+
+def _launch_prefill(shared: dict[str, Any], meta: DeviceMetadata, batch_invariant: bool) -> None:
+    assert meta.tile_entry is not None
+    pack = 1 if batch_invariant else PREFILL_ROWS // meta.tile_queries
+    wide = shared["q"].dtype == torch.float32
+    prefill[(shared["NUM_HEADS"] // pack, len(meta.tile_entry))](
+        **shared,
+        query_start=meta.query_start,
+        tile_entry=meta.tile_entry,
+        tile_start=meta.tile_start,
+        PACK=pack,
+        **prefill_options(shared["BLOCK_D"], wide, batch_invariant, meta.contiguous),
+    )

@@ -38,10 +38,10 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
         chosen = Tiling(64, 128, 2 if fill >= 1 / 3 else 4, stages, 8 if 16 < rows <= 32 else 4)
     elif rows == 1:  # has a kernel of its own
         chosen = Tiling(64, 128, 1, stages, 4)
-    elif fill >= 4 / 3 and not few:
-        chosen = Tiling(128, 64, 1, stages, 4)
     elif not few:
-        return None
+        if fill < 4 / 3:
+            return None
+        chosen = Tiling(128, 64, 1, stages, 4)
     elif fill <= 0.7:
         chosen = Tiling(128, 128, 3, 4, 4)
     elif fill <= 0.75:  # 6144 x 4096: no faster than cuBLAS, but what comes after it can begin early

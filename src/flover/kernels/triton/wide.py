@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options, prefetch
 from flover.kernels.triton.fused import _gated
+from flover.kernels.triton.product import block_m
 
 ROWS = range(33, 129)  # fewer: product.py has as narrow a tile of tokens as they are
 FEATURES = range(96, 177)  # fewer: x is most of what is read; more: accumulators leave the registers
@@ -102,7 +103,7 @@ def cut(rows: int, width: int, num_sms: int, shared: int) -> Cut | None:
     """The fewest features of a program for which all run at once; None: too many idle, or no room for three tiles."""
     features = 16 * triton.cdiv(width, 16 * num_sms)
     room = shared - 2048  # of a multiprocessor, less what the system and the barriers take
-    stages = min(4, room // (2 * BLOCK_K * (_block_m(rows) + 2 * features)))
+    stages = min(4, room // (2 * BLOCK_K * (block_m(rows) + 2 * features)))
     if features not in FEATURES or triton.cdiv(width, features) < 0.8 * num_sms or stages < 3:
         return None
     return Cut(features, stages)
@@ -118,20 +119,16 @@ def cut_for(x: Tensor, weight: Tensor) -> Cut | None:
     return cut(len(x), len(weight) // 2, gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor)
 
 
-def _block_m(rows: int) -> int:
-    return 64 if rows <= 64 else 128
-
-
 def gated_wide(x: Tensor, weight: Tensor, name: str, c: Cut) -> Tensor:
     """act(x @ gate.T) * (x @ up.T) of at most 128 rows in 16 bits; weight = gate over up."""
-    (M, K), width, block_m = x.shape, len(weight) // 2, _block_m(len(x))
+    (M, K), width, tile = x.shape, len(weight) // 2, block_m(len(x))
     out = torch.empty(M, width, dtype=x.dtype, device=x.device)
     tiles = [f for f in (128, 64, 32, 16) if c.features & f]
     halves = weight.view(2, width, K)
     maps = [TensorDescriptor.from_tensor(halves, [2, f, BLOCK_K]) for f in tiles]
     f1, f2, f3 = (*tiles, 0, 0)[:3]
     _gated_linear[(triton.cdiv(width, c.features),)](
-        TensorDescriptor.from_tensor(x, [block_m, BLOCK_K]),
+        TensorDescriptor.from_tensor(x, [tile, BLOCK_K]),
         *(*maps, maps[0], maps[0])[:3],
         weight,
         out,
@@ -141,11 +138,11 @@ def gated_wide(x: Tensor, weight: Tensor, name: str, c: Cut) -> Tensor:
         F1=f1,
         F2=f2,
         F3=f3,
-        BLOCK_M=block_m,
+        BLOCK_M=tile,
         BLOCK_K=BLOCK_K,
         GATE=name,
         num_stages=c.num_stages,
-        num_warps=block_m // 16,
+        num_warps=tile // 16,
         **launch_options(x.device),
     )
     return out
