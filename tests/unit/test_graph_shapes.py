@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flover.engine.cuda_graph import ROWS, TOKENS, Shape, decode_shape, mixed_shape
 from flover.engine.staging import sections
-from flover.kernels.triton.attention import prefill_tiles
+from flover.kernels.triton.attention import SHARE_UNIT, decode_shares, num_shares, prefill_tiles
 
 
 @given(st.integers(1, 600), st.booleans())
@@ -32,8 +32,19 @@ def test_mixed_shapes_hold_their_steps(max_rows: int, chunks: list[int], data: s
         assert step.tokens > TOKENS[-1] or len(chunks) > 8 or decode > ROWS[-1]
         return
     assert all(mine >= wanted for mine, wanted in zip(shape, step))
-    parts = list(sections(shape).values())
+    parts = list(sections(shape, num_shares(shape.decode, 8)).values())
     assert all(a.stop <= b.start and b.start % 4 == 0 for a, b in itertools.pairwise(parts))
+
+
+@given(st.lists(st.integers(0, 9000), min_size=1, max_size=300), st.sampled_from([1, 2, 8, 32, 71]))
+def test_shares_are_the_keys_of_all_entries(lens: list[int], kv_heads: int) -> None:
+    (keys,), entries, numbers = decode_shares(lens, kv_heads)
+    assert keys % SHARE_UNIT == 0
+    assert len(entries) == len(numbers) <= num_shares(len(lens), kv_heads) <= num_shares(len(lens) + 1, kv_heads)
+    shares = list(zip(entries.tolist(), numbers.tolist()))
+    assert shares == [(entry, number) for entry, n in enumerate(lens) for number in range(-(-n // keys))]
+    smaller = int(keys) - SHARE_UNIT
+    assert not smaller or sum(-(-n // smaller) for n in lens) > num_shares(len(lens), kv_heads)
 
 
 def test_few_shapes_serve_every_step() -> None:

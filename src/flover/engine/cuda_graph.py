@@ -25,6 +25,7 @@ logger = logging.getLogger("flover")
 # rows of a step of decode alone; tokens of one with prefill: beyond the largest the device takes longer than the host
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+MIXED_ROWS = (32, 128)  # that decode in a step with prefill, or all
 MAX_PREFILLS = 64
 WARM_UP_SECONDS = 4.0  # of a start: with a filled Triton cache most shapes
 
@@ -55,7 +56,7 @@ def mixed_shape(step: Shape, max_rows: int, tile_queries: int) -> Shape | None:
     if tokens is None or step.decode > full:
         return None
     prefill = min(max(tokens // 8, 8), MAX_PREFILLS)
-    decode = min(b for b in (min(32, full), min(128, full), full) if b >= step.decode)
+    decode = min(b for b in (*(min(rows, full) for rows in MIXED_ROWS), full) if b >= step.decode)
     shape = Shape(tokens, decode, prefill, tokens // tile_queries + 1 + prefill)
     return shape if step.prefill <= shape.prefill and step.tiles <= shape.tiles else None
 
@@ -156,7 +157,7 @@ class StepGraphs:
         steps = [Shape(b, b, 0, 0) for b in doubling]
         steps += [Shape(t, 1, 1, 1) for t in TOKENS]
         steps += [Shape(b, b, 0, 0) for b in rows]
-        steps += [Shape(t, self._steps.max_rows, 1, 1) for t in TOKENS if t > self._steps.max_rows]
+        steps += [Shape(t, d, 1, 1) for d in (MIXED_ROWS[0] + 1, self._steps.max_rows) for t in TOKENS if t > d]
         yield from dict.fromkeys(shape for step in steps if (shape := self.fit(step)))
 
     def compute(self, shape: Shape) -> None:

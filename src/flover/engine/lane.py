@@ -12,7 +12,15 @@ from flover.engine.batch import IntArray
 from flover.engine.cuda_graph import Shape, StepGraphs, plain_shape
 from flover.engine.runner import Batch
 from flover.engine.staging import Staging, sections
-from flover.kernels.triton.attention import DeviceMetadata, invariant_tiles, prefill_tiles, tile_queries
+from flover.kernels.triton.attention import (
+    PROGRAMS,
+    DeviceMetadata,
+    decode_shares,
+    invariant_tiles,
+    num_shares,
+    prefill_tiles,
+    tile_queries,
+)
 from flover.kernels.triton.inputs import edit_tables, token_inputs
 from flover.layers.attention import ForwardContext
 from flover.layers.sampler import SamplerOutput
@@ -43,7 +51,8 @@ class Lane:
         rows, blocks = runner.tables.shape
         self.max_tokens = 2 * (max_batched_tokens + rows) + 64  # a captured shape is larger than the step
         ring = RING * runner.group.pipe.stages  # a step has as many micro-batches
-        self.staging = Staging(11 * self.max_tokens + rows * (blocks + 8), ring, rows, runner.device)
+        capacity = 14 * self.max_tokens + 2 * PROGRAMS + rows * (blocks + 8)
+        self.staging = Staging(capacity, ring, rows, runner.device)
         self._tokens = torch.empty(2, self.max_tokens, dtype=torch.int64, device=runner.device)  # input ids, slots
         self.graphs = StepGraphs(self, vocab_size, dtype, self.max_tokens, runner.device, runner.group)
 
@@ -84,7 +93,11 @@ class Lane:
             "tile_entry": tiles[0] + gap * (tiles[0] >= step.decode) if gap else tiles[0],
             "tile_start": tiles[1],
         }
-        sent = self.staging.send(parts, sections(shape), edits)
+        if self._num_shares(step):
+            lens = parts["seq_lens"][: step.decode]
+            names = "share_keys", "share_entry", "share_number"
+            parts.update(zip(names, decode_shares(lens, self._runner.heads[1])))
+        sent = self.staging.send(parts, self._sections(shape), edits)
         if edits:
             edit_tables(sent, len(edits), self._runner.block_table)
         begins, entries = np.empty_like(starts), np.empty_like(order)
@@ -105,7 +118,14 @@ class Lane:
 
     def stage_padding(self, shape: Shape) -> None:
         """Stage a step of that shape in which nothing happens."""
-        self.staging.send({"query_start": np.zeros(1, dtype=np.int32)}, sections(shape), [])
+        self.staging.send({"query_start": np.zeros(1, dtype=np.int32)}, self._sections(shape), [])
+
+    def _num_shares(self, shape: Shape) -> int:
+        """Of decode attention; batch-invariant: there is none."""
+        return 0 if self.batch_invariant else num_shares(shape.decode, self._runner.heads[1])
+
+    def _sections(self, shape: Shape) -> dict[str, slice]:
+        return sections(shape, self._num_shares(shape))
 
     # ---- what is computed --------------------------------------------------------------------------------------------
 
@@ -125,7 +145,7 @@ class Lane:
         return self._runner.model.compute_logits(last), views["sample_rows"].long()
 
     def _views(self, shape: Shape) -> dict[str, Tensor]:
-        return {name: self.staging.device_buffer[place] for name, place in sections(shape).items()}
+        return {name: self.staging.device_buffer[place] for name, place in self._sections(shape).items()}
 
     def hidden(self, shape: Shape) -> Tensor:
         """Complete the tokens of the staged step, then the model; -> `[tokens, hidden_size]`."""
@@ -147,6 +167,9 @@ class Lane:
             seq_lens=v["seq_lens"],
             query_start=v["query_start"],
             num_decode=0 if self.batch_invariant else shape.decode,
+            share_keys=v["share_keys"],
+            share_entry=v["share_entry"],
+            share_number=v["share_number"],
             tile_entry=v["tile_entry"] if shape.tiles else None,
             tile_start=v["tile_start"] if shape.tiles else None,
             tile_queries=self.tile_queries,

@@ -24,17 +24,20 @@ Ints = npt.NDArray[np.int32]
 TOKEN_PARTS = {"ids": 0, "positions": 0, "token_rows": -1, "prompt_lens": 0}
 ENTRY_PARTS = {"entry_rows": 0, "seq_lens": 0, "sample_index": 0, "sample_rows": 0}  # the last: the scratch row
 TILE_PARTS = {"tile_entry": -1, "tile_start": 0}
+SHARE_PARTS = {"share_entry": -1, "share_number": 0}
 ALIGN = 4  # ints
 
 
 @lru_cache(maxsize=1024)
-def sections(shape: Shape) -> dict[str, slice]:
+def sections(shape: Shape, num_shares: int) -> dict[str, slice]:
     """Where each part of a step of that shape lies, at multiples of 16 bytes: kernels are compiled by alignment."""
     sizes = (
         [(name, shape.tokens) for name in TOKEN_PARTS]
         + [(name, shape.entries) for name in ENTRY_PARTS]
         + [("query_start", shape.entries + 1)]
         + [(name, shape.tiles) for name in TILE_PARTS]
+        + [("share_keys", 1)]
+        + [(name, num_shares) for name in SHARE_PARTS]
     )
     starts = np.cumsum([0] + [-(-size // ALIGN) * ALIGN for _, size in sizes]).tolist()
     return {name: slice(start, start + size) for (name, size), start in zip(sizes, starts)}
@@ -44,7 +47,14 @@ class Staging:
     """num_buffers: steps that may be in flight, and one more. scratch_row: the sampler's, where padding draws."""
 
     def __init__(self, capacity: int, num_buffers: int, scratch_row: int, device: torch.device) -> None:
-        self._padding = {**TOKEN_PARTS, **ENTRY_PARTS, **TILE_PARTS, "sample_rows": scratch_row}
+        self._padding = {
+            **TOKEN_PARTS,
+            **ENTRY_PARTS,
+            **TILE_PARTS,
+            **SHARE_PARTS,
+            "share_keys": 1,
+            "sample_rows": scratch_row,
+        }
         self.device_buffer = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._pinned = [torch.zeros(capacity, dtype=torch.int32, pin_memory=True) for _ in range(num_buffers)]
         self._events = [torch.cuda.Event() for _ in range(num_buffers)]  # type: ignore[no-untyped-call]

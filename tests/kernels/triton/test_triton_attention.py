@@ -10,7 +10,15 @@ from triton_device import DEVICE
 from flover.kernels import reference
 from flover.kernels.reference.attention import AttentionMetadata
 from flover.kernels.reference.attention import attention as twin
-from flover.kernels.triton.attention import DeviceMetadata, attention, invariant_tiles, prefill_tiles, tile_queries
+from flover.kernels.triton.attention import (
+    DeviceMetadata,
+    attention,
+    decode_shares,
+    invariant_tiles,
+    num_shares,
+    prefill_tiles,
+    tile_queries,
+)
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -47,12 +55,20 @@ class Batch:
         def on_device(values):
             return torch.as_tensor(np.asarray(values, dtype=np.int32), device=DEVICE)
 
+        kv_heads = self.k.shape[1]
+        share_keys, *shares = decode_shares(self.seq_lens[:num_decode], kv_heads) if num_decode else ([0], [], [])
+        room = num_shares(num_decode, kv_heads)
+        entries, numbers = (np.append(s, np.full(room - len(s), fill)) for s, fill in zip(shares, (-1, 0)))
+
         return DeviceMetadata(
             block_table=self.table.to(DEVICE),
             rows=on_device(self.rows),
             seq_lens=on_device(self.seq_lens),
             query_start=on_device(self.starts),
             num_decode=num_decode,
+            share_keys=on_device(share_keys),
+            share_entry=on_device(entries),
+            share_number=on_device(numbers),
             tile_entry=on_device(tile_entry) if len(tile_entry) else None,
             tile_start=on_device(tile_start) if len(tile_entry) else None,
             tile_queries=queries,

@@ -59,8 +59,9 @@ for offset in range(5):
         token_inputs(ids, positions, rows, tokens[0], table, 16, *tokens[:, :n])
         edit_tables(staging[at:], n, table)
         cos, sin = rotary_tables(positions, torch.ones(3), torch.float16)
-        decode = 8 if n > 8 else 0  # or the number of splits, a constant, would change
-        meta = DeviceMetadata(table, part(n), part(n), part(n + 1), decode, part(n), part(n), 64, 16, False)
+        decode = n // 2
+        shares = part(1), part(n), part(n)
+        meta = DeviceMetadata(table, part(n), part(n), part(n + 1), decode, *shares, part(n), part(n), 64, 16, False)
         attention(q, k, v, *caches, tokens[1, :n], meta, rotary=(cos, sin, False), scale=0.1)
         fields = torch.zeros(16, n, dtype=torch.int64)[1::2]  # rows that an odd n puts off 16 bytes
         wide = fields.view(torch.float64)

@@ -9,6 +9,7 @@ al. 2023), paged attention (Kwon et al. 2023). The twin is kernels/reference/att
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,8 @@ from flover.kernels.triton.rotary import rotary_store
 PREFILL_ROWS = 128  # of a program's tile: a query and a head each
 INVARIANT_TILE = 16  # queries of one program, batch-invariant: tiles begin at multiples of it in absolute positions
 PROGRAMS = 528  # that a decode launch aims at: four for each multiprocessor of an H100 or H200
-MAX_SPLITS = 32
-MIN_SPLIT = 64  # keys that are worth a program of their own
+MAX_SHARES = 32  # of one entry, where there are so many
+SHARE_UNIT = 64  # keys that are worth a program of their own
 
 Ints = npt.NDArray[np.int32]
 
@@ -39,6 +40,8 @@ class DeviceMetadata:
     seq_lens: [num_entries] int32, history after this step's tokens are stored; 0: padding, computes nothing.
     query_start: [num_entries + 1] int32, offsets of the entries' queries in the packed batch.
     num_decode: entries [0, num_decode) have one query each, at the packed index of the entry.
+    share_keys: [1] int32, share_entry, share_number: [num_shares] int32, which keys each decode program reads, see
+        `decode_shares`.
     tile_entry, tile_start: [num_tiles] int32, of each prefill tile its entry and first query, see `prefill_tiles`.
     tile_queries: of a prefill tile, at most.
     """
@@ -48,6 +51,9 @@ class DeviceMetadata:
     seq_lens: Tensor
     query_start: Tensor
     num_decode: int
+    share_keys: Tensor
+    share_entry: Tensor
+    share_number: Tensor
     tile_entry: Tensor | None
     tile_start: Tensor | None
     tile_queries: int
@@ -84,20 +90,40 @@ def invariant_tiles(q_lens: npt.ArrayLike, seq_lens: npt.ArrayLike) -> tuple[Int
     return entry.astype(np.int32), (number * INVARIANT_TILE - first[entry]).astype(np.int32)
 
 
-def num_splits(units: int) -> int:
-    """Shares of the keys of each of `units` (entry, kv head) pairs, so that all shares together fill the GPU."""
-    return min(max(PROGRAMS // units, 1), MAX_SPLITS)
+def num_shares(num_decode: int, kv_heads: int) -> int:
+    """Shares that a decode launch of so many entries has room for: what fills the GPU, and some for long entries."""
+    fill = PROGRAMS // kv_heads
+    return max(min(fill, MAX_SHARES * num_decode), num_decode + min(num_decode // 2, 2 * fill))
+
+
+def decode_shares(seq_lens: npt.ArrayLike, kv_heads: int) -> tuple[Ints, Ints, Ints]:
+    """Divide the keys of all decode entries evenly, so that no program has a long entry to itself.
+
+    A share is the smallest multiple of SHARE_UNIT with which there are at most `num_shares`.
+
+    Returns: keys of a share, `[1]`; of each share its entry, and which of the entry's shares it is.
+    """
+    lens = np.asarray(seq_lens, dtype=np.int64)
+    room = num_shares(len(lens), kv_heads)
+    units = range(max(int(lens.sum()) // (room * SHARE_UNIT), 1), int(lens.max()) // SHARE_UNIT + 2)
+    keys = SHARE_UNIT * units[bisect_left(units, True, key=lambda n: (-(-lens // (n * SHARE_UNIT))).sum() <= room)]
+    shares = -(-lens // keys)
+    entry = np.repeat(np.arange(len(lens)), shares)
+    number = np.arange(len(entry)) - np.repeat(np.cumsum(shares) - shares, shares)
+    return np.array([keys], dtype=np.int32), entry.astype(np.int32), number.astype(np.int32)
 
 
 def decode_options(block_d: int, wide: bool, fp8: bool, programs: int, contiguous: bool) -> dict[str, int]:
     """Keys that a decode program reads at a time, and how. Many programs: small ones, more of which fit side by side.
 
-    block_d: head size, padded. wide: fp32 queries. fp8: the cache is. programs: of the launch.
+    block_d: head size, padded. wide: fp32 queries. fp8: the cache is. programs: one for each entry and kv head.
     contiguous: a slab, where every stage holds keys; with blocks one looks up the table. So large programs have one
     less, and as many of them fit.
     """
     if fp8 and not wide and block_d <= 128:
-        return {"BLOCK_N": 64, "num_warps": 2 if programs >= PROGRAMS else 4, "num_stages": 3}
+        few = {"num_warps": 4}
+        many = {"num_warps": 2, "maxnreg": 168}  # six to a multiprocessor
+        return {"BLOCK_N": 64, "num_stages": 3, **(many if programs >= PROGRAMS else few)}
     if not wide and block_d <= 128 and programs >= PROGRAMS:
         return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
     stages = 2 if wide or contiguous else 3
@@ -187,27 +213,27 @@ def _launch_decode(
 ) -> None:
     q, k_cache, n = shared["q"], shared["k_cache"], meta.num_decode
     num_heads, (_, kv_heads, head_dim) = q.shape[1], k_cache.shape
-    splits = num_splits(n * kv_heads)
-    parts = n * num_heads * splits if splits > 1 else 0
+    shares = len(meta.share_entry)
     wide, fp8 = q.dtype == torch.float32, k_cache.element_size() == 1
-    decode[(kv_heads, n, splits)](
+    decode[(kv_heads, shares)](
         **shared,
         k=k,
         v=v,
         cos=q if cos is None else cos,
         sin=q if sin is None else sin,
         slots=slots,
-        part_acc=torch.empty(parts * head_dim, dtype=torch.float32, device=q.device),
-        part_m=torch.empty(parts * 2, dtype=torch.float32, device=q.device),
+        share_keys=meta.share_keys,
+        share_entry=meta.share_entry,
+        share_number=meta.share_number,
+        part_acc=torch.empty(num_heads * shares * head_dim, dtype=torch.float32, device=q.device),
+        part_m=torch.empty(num_heads * shares * 2, dtype=torch.float32, device=q.device),
         arrived=arrivals(q.device),
         stride_k=k.stride(0),
         stride_v=v.stride(0),
         PAIRS=0 if cos is None else cos.shape[-1],
         INTERLEAVED=interleaved,
         GROUP=max(16, triton.next_power_of_2(num_heads // kv_heads)),
-        SPLITS=splits,
-        SPLIT_UNIT=MIN_SPLIT,
-        **decode_options(shared["BLOCK_D"], wide, fp8, n * kv_heads * splits, meta.contiguous),
+        **decode_options(shared["BLOCK_D"], wide, fp8, n * kv_heads, meta.contiguous),
     )
 
 

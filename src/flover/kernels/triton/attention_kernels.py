@@ -18,15 +18,13 @@ from flover.kernels.triton.rotary import _rotated, _to_cache
 
 
 @triton.jit
-def _share(length, split, SPLITS: tl.constexpr, SPLIT_UNIT: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys [begin, end) of a split, and how many splits have any."""
+def _share(length, number, share, WINDOW: tl.constexpr):
+    """Keys [begin, end) of a share, and how many shares the entry has."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
-    per_split = tl.cdiv(tl.cdiv(length - first, SPLITS), SPLIT_UNIT) * SPLIT_UNIT
-    used = tl.cdiv(length - first, tl.maximum(per_split, 1))
-    begin = first + split * per_split
-    return begin, tl.minimum(begin + per_split, length), used
+    begin = first + number * share
+    return begin, tl.minimum(begin + share, length), tl.cdiv(length - first, share)
 
 
 @triton.jit
@@ -85,7 +83,18 @@ def _merged(part_acc, part_m, first, used, h, d, group: tl.constexpr, HEAD_DIM: 
 
 @triton.jit(
     do_not_specialize=["stride_table"],
-    do_not_specialize_on_alignment=["cos", "sin", "slots", "block_table", "rows", "seq_lens", "slopes_ptr"],
+    do_not_specialize_on_alignment=[
+        "cos",
+        "sin",
+        "slots",
+        "block_table",
+        "rows",
+        "seq_lens",
+        "share_keys",
+        "share_entry",
+        "share_number",
+        "slopes_ptr",
+    ],
 )
 def decode(
     q,
@@ -100,9 +109,12 @@ def decode(
     block_table,
     rows,
     seq_lens,
+    share_keys,
+    share_entry,
+    share_number,
     slopes_ptr,
-    part_acc,  # [num_entries, kv_heads, SPLITS, group, HEAD_DIM]
-    part_m,  # [num_entries, kv_heads, SPLITS, 2, group]
+    part_acc,  # [kv_heads, num_shares, group, HEAD_DIM]
+    part_m,  # [kv_heads, num_shares, 2, group]
     arrived,  # [num_entries * kv_heads] int32, zero before and after
     scale,
     softcap,
@@ -118,8 +130,6 @@ def decode(
     INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a kv head, padded to 16
-    SPLITS: tl.constexpr,
-    SPLIT_UNIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -135,14 +145,16 @@ def decode(
     waited for all that came before it: lengths, tables, and the keys of earlier steps.
     """
     grid_launch(PDL)
-    head, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, share = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = NUM_HEADS // KV_HEADS
     FIXED: tl.constexpr = Fixed(
         KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_SIZE, CONTIGUOUS, WINDOW, SOFTCAP, ALIBI, ASM=PDL
     )  # fmt: skip
-    length = tl.load(seq_lens + entry)
-    begin, end, used = _share(length, split, SPLITS, SPLIT_UNIT, WINDOW)
-    cache = _entry_cache(k_cache, v_cache, block_table, tl.load(rows + entry), stride_table, head, BLOCK_SIZE)
+    entry, number = tl.load(share_entry + share), tl.load(share_number + share)
+    length = tl.load(seq_lens + entry, mask=entry >= 0, other=0)
+    row = tl.load(rows + entry, mask=entry >= 0, other=0)
+    begin, end, used = _share(length, number, tl.load(share_keys), WINDOW)
+    cache = _entry_cache(k_cache, v_cache, block_table, row, stride_table, head, BLOCK_SIZE)
     if PDL and begin < length:
         _prefetch_tile(cache, begin, tl.minimum(end, length - 1), BLOCK_D, FIXED)
     grid_wait(PDL)
@@ -177,17 +189,17 @@ def decode(
         old = tl.minimum(end, length - 1)
         m, total, acc = _attend(state, q_tile, q_pos, cache, score, begin, old, FIXED, EDGE=True, MASKED=False)
         o = out + (token * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
-        if SPLITS == 1 or used == 1:
+        if used == 1:
             tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
         else:  # only real heads go through memory
             unit = token * KV_HEADS + head
-            part = unit * SPLITS + split
+            part = (head * tl.num_programs(1) + share).to(tl.int64)
             tl.store(part_acc + (part * group + h[:, None]) * HEAD_DIM + d[None, :], acc, mask=mask)
             tl.store(part_m + part * 2 * group + h, m, mask=real)
             tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
             tl.debug_barrier()
             if tl.atomic_add(arrived + unit, 1, sem="acq_rel") == used - 1:
-                total, acc = _merged(part_acc, part_m, unit * SPLITS, used, h, d, group, HEAD_DIM)
+                total, acc = _merged(part_acc, part_m, part - number, used, h, d, group, HEAD_DIM)
                 tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
                 tl.store(arrived + unit, 0)
 
