@@ -74,16 +74,20 @@ class Linear(Layer):
         """Of 8 bits, that its tokens become; whoever makes them may do it (`RMSNorm.add`)."""
         return QUANTISED[self.quantization.removesuffix("_w8a8")] if self.quantization.endswith("_w8a8") else None
 
-    def forward(self, x: Tensor | Tokens) -> Tensor:
-        if self.packed is not None:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.own_bias, "none", [], "")
-            return product
+    def forward(self, x: Tensor | Tokens, act: Activation | None = None, add: Tensor | None = None) -> Tensor:
+        """act: of the product. add: is added to the product, `[num_tokens, out_features]`."""
         out: Tensor
-        if self.scale is not None:
+        if self.packed is not None:
+            out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.own_bias, "none", [], "")
+        elif self.scale is not None:
             out = self.ops.quantised_linear(x, self.weight, self.scale, self.own_bias, **self._modes())
         else:
-            out = self.ops.linear(x, self.weight, self.own_bias, batch_invariant=self.batch_invariant)
-        return out
+            end = {"act": act.name if act else "", "add": add, "batch_invariant": self.batch_invariant}
+            out = self.ops.linear(x, self.weight, self.own_bias, **end)
+            return out
+        if act is not None:
+            out = act(out)
+        return out if add is None else out + add
 
     def gated(self, x: Tensor | Tokens, act: Activation, into: Linear) -> Tensor | Tokens:
         """act(gate) * up of a layer whose outputs are gate and up, `[num_tokens, 2n]` -> `[num_tokens, n]`.
@@ -160,7 +164,9 @@ class RowLinear(Linear):
     def largest(self, rows: Tensor) -> Tensor:
         return self.group.largest(super().largest(rows))
 
-    def forward(self, x: Tensor | Tokens) -> Tensor | Partial:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor | Tokens, add: Tensor | Partial | None = None
+    ) -> Tensor | Partial:
         """Among ranks a `Partial`: who reads the output takes the sum, most often a norm (`Norm.add`)."""
-        product = super().forward(x)
+        product = super().forward(x, add=add.part if isinstance(add, Partial) else add)
         return product if self.group.size == 1 else Partial(product, self.group)

@@ -41,8 +41,9 @@ class GPT2MLP(nn.Module):
         self.down_proj = RowLinear(size, config.hidden_size, bias)
         self.act = Activation(activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.act(self.up_proj(x)))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """add: what the layer has beside it."""
+        out: Tensor = self.down_proj(self.up_proj(x, act=self.act), add=add)
         return out
 
 
@@ -98,8 +99,8 @@ class GPT2LMHeadModel(CausalLM):
             self.lm_head.tie(self.embed)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        x = self.embed(input_ids) + self.embed_positions(positions)
-        delta: Tensor | None = None
+        x: Tensor = self.embed(input_ids)
+        delta: Tensor = self.embed_positions(positions)
         for layer in self.layers:
             x, delta = layer(x, delta, ctx)
         return self.norm.add(x, delta)[0]

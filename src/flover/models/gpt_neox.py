@@ -48,7 +48,7 @@ class GPTNeoXBlock(nn.Module):
         normed, x = self.input_norm.add(x, delta)
         attended = self.self_attn(normed, rotary, ctx)
         if self.parallel:
-            return x, attended + self.mlp(self.post_norm(x))
+            return x, self.mlp(self.post_norm(x), add=attended)
         normed, x = self.post_norm.add(x, attended)
         return x, self.mlp(normed)
 

@@ -29,7 +29,7 @@ class GPTJBlock(nn.Module):
         self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         normed, x = self.input_norm.add(x, delta, into=self.self_attn.qkv_proj)
-        return x, self.self_attn(normed, rotary, ctx) + self.mlp(normed)
+        return x, self.mlp(normed, add=self.self_attn(normed, rotary, ctx))
 
 
 class GPTJForCausalLM(CausalLM):

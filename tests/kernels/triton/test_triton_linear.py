@@ -8,8 +8,8 @@ import torch
 from triton_device import DEVICE, DTYPES
 
 from flover.kernels.reference import gated
-from flover.kernels.triton import wide
-from flover.kernels.triton.linear import Tiling, _launch, _launch_one, gated_linear, linear, tiling
+from flover.kernels.triton import activation, wide
+from flover.kernels.triton.linear import End, Tiling, _launch, _launch_one, _library, gated_linear, linear, tiling
 
 
 def reference(x, weight, bias):
@@ -37,7 +37,7 @@ def test_one_row(shape, dtype):
         want = reference(x, weight, bias)
         tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
         assert (_launch_one(x, weight, bias).double() - want).norm() / want.norm() < tolerance
-        got, want = _launch_one(x, weight, bias, "silu").double(), gated(want.to(dtype), "silu").double()
+        got, want = _launch_one(x, weight, bias, End("silu")).double(), gated(want.to(dtype), "silu").double()
         assert (got - want).norm() / want.norm() < 1e-2
 
 
@@ -48,11 +48,29 @@ def test_rows_of_the_invariant_product_have_the_same_bits_alone(dtype):
         assert torch.equal(linear(x[some], weight, None, batch_invariant=True), together[some])
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_becomes_of_a_product_is_rounded_as_in_steps_of_its_own(rows, split, dtype):
+    x, weight, bias, add = (
+        torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((rows, 256), (96, 256), (96,), (rows, 96))
+    )
+
+    def launch(end):
+        if rows == 1 and split == 1:
+            return _launch_one(x, weight, bias, end)
+        return _launch(x, weight, bias, 16, Tiling(32, 64, split, 2, 4), end)
+
+    plain = launch(End())
+    assert torch.equal(launch(End(add=add)), plain + add)
+    for name in ("gelu_new", "relu"):
+        assert torch.equal(launch(End(act=name)), activation(plain, name))
+
+
 def test_gate_and_up_in_one_launch(dtype):
     x, weight = torch.randn(5, 128, device=DEVICE).to(dtype), torch.randn(128, 128, device=DEVICE).to(dtype)
     for bias in (None, torch.randn(128, device=DEVICE).to(dtype)):
         for name in ("silu", "gelu"):
-            got = _launch(x, weight, bias, 16, Tiling(32, 64, 1, 2, 4), name).double()
+            got = _launch(x, weight, bias, 16, Tiling(32, 64, 1, 2, 4), End(name)).double()
             want = gated(reference(x, weight, bias).to(dtype), name).double()
             assert (got - want).norm() / want.norm() < {torch.float32: 1e-5}.get(dtype, 1e-2)
 
@@ -61,7 +79,7 @@ def test_gate_and_up_in_one_launch(dtype):
 @pytest.mark.parametrize("k", [1024, 1088])
 def test_gate_and_up_of_any_depth_that_is_cut(k, dtype, monkeypatch):
     """Whole tiles of 64 are enough, as of a hidden size of 2,880."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=12))
+    monkeypatch.setattr(sys.modules[gated_linear.__module__], "_tiling_for", lambda x, w: tiling(len(x), *w.shape, 12))
     x, weight = torch.randn(20, k, device=DEVICE).to(dtype), torch.randn(1024, k, device=DEVICE).to(dtype)
     assert tiling(20, *weight.shape, 12) == Tiling(64, 64, 1, 6, 4)
     got, want = gated_linear(x, weight, None, "silu"), gated(reference(x, weight, None).to(dtype), "silu")
@@ -120,6 +138,13 @@ def test_which_gate_and_up_are_one_launch(monkeypatch):
     assert launches(tokens(96), bias=tokens(1)) == launches(tokens(96), batch_invariant=True) == "two"
     monkeypatch.setattr(wide, "launch_options", lambda device: {"PDL": False})
     assert launches(tokens(96)) == "two"
+
+
+def test_an_odd_number_of_features(dtype):
+    x, weight = torch.randn(70, 96, device=DEVICE).to(dtype), torch.randn(101, 96, device=DEVICE).to(dtype)
+    got, want = _library(x, weight, None), reference(x, weight, None)
+    assert got.shape == want.shape
+    assert (got.double() - want).norm() / want.norm() < {torch.float32: 1e-6}.get(dtype, 6e-3)
 
 
 def test_every_tiling_divides_its_shape():

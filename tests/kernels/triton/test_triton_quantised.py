@@ -7,7 +7,7 @@ from triton_device import DEVICE, DTYPES
 from flover.kernels import reference, triton
 from flover.kernels.reference.quantised import quantise_rows
 from flover.kernels.triton import quantised
-from flover.kernels.triton.product import Scales, Tiling, _launch, _launch_one
+from flover.kernels.triton.product import End, Scales, Tiling, _launch, _launch_one
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 GPU = DEVICE.type == "cuda"
@@ -46,8 +46,8 @@ def test_one_row(shape, kind, quantise_x, dtype):
     tokens, scales = in_8_bits(x, kind, scale, quantise_x)
     for b in (None, bias):
         want = reference.quantised_linear(x, weight, scale, b, quantise_x=quantise_x)
-        close(_launch_one(tokens, weight, b, "", scales, (8, 64, 4)), want, dtype)
-        got = _launch_one(tokens, weight, b, "silu", scales, (4, 128, 4))
+        close(_launch_one(tokens, weight, b, End(), scales, (8, 64, 4)), want, dtype)
+        got = _launch_one(tokens, weight, b, End("silu"), scales, (4, 128, 4))
         close(got, reference.gated(want, "silu"), dtype, 3)
 
 
@@ -62,7 +62,7 @@ def test_a_split_product(rows, split, shape, kind, quantise_x, dtype):
     for b in (None, bias):
         want = reference.quantised_linear(x, weight, scale, b, quantise_x=quantise_x)
         for _ in range(2):  # the arrival counters are back at zero
-            got = _launch(tokens, weight, b, 64 if rows > 16 else 16, Tiling(32, 64, split, 2, 4), "", scales)
+            got = _launch(tokens, weight, b, 64 if rows > 16 else 16, Tiling(32, 64, split, 2, 4), scales=scales)
             close(got, want, dtype)
 
 
@@ -73,7 +73,7 @@ def test_gate_and_up_in_one_launch(kind, quantise_x, dtype):
     tokens, scales = in_8_bits(x, kind, scale, quantise_x)
     for b in (None, bias):
         want = reference.quantised_gated_linear(x, weight, scale, b, "gelu", quantise_x=quantise_x)
-        close(_launch(tokens, weight, b, 16, Tiling(32, 64, 1, 2, 4), "gelu", scales), want, dtype, 10)
+        close(_launch(tokens, weight, b, 16, Tiling(32, 64, 1, 2, 4), End("gelu"), scales), want, dtype, 10)
 
 
 @pytest.mark.parametrize("kind", [INT8, pytest.param(FP8, marks=needs_gpu)])

@@ -37,9 +37,20 @@ __all__ = [
 ]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
-    """`x @ weight.T + bias`; x `[num_tokens, in]`, weight `[out, in]`."""
-    return _invariant.tiled_linear(x, weight, bias) if batch_invariant else F.linear(x, weight, bias)
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    act: str = "",
+    add: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`act(x @ weight.T + bias)` or `x @ weight.T + bias + add`; x `[num_tokens, in]`, weight `[out, in]`."""
+    out = _invariant.tiled_linear(x, weight, bias) if batch_invariant else F.linear(x, weight, bias)
+    if act:
+        return activation(out, act, batch_invariant=batch_invariant)
+    return out if add is None else out + add
 
 
 def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flover.kernels.triton.fused import gated
-from flover.kernels.triton.product import HALF, Tiling, _launch, _launch_invariant, _launch_one, block_m
+from flover.kernels.triton.fused import activation, gated
+from flover.kernels.triton.product import HALF, End, Tiling, _launch, _launch_invariant, _launch_one, block_m
 from flover.kernels.triton.wide import ROWS, cut_for, gated_wide
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
@@ -61,20 +61,38 @@ def _tiling_for(x: Tensor, weight: Tensor) -> Tiling | None:
     return tiling(x.shape[0], *weight.shape, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
-    """`x @ weight.T + bias`; x `[num_tokens, in]`, weight `[out, in]`.
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """cuBLAS; rows of a result lie at 16 bytes, also of GPT-2's 50,257 tokens: for others it has but slow kernels."""
+    features = len(weight)
+    if x.dtype not in HALF or bias is not None or features % 8 == 0:
+        return F.linear(x, weight, bias)
+    apart = torch.empty(len(x), features + -features % 8, dtype=x.dtype, device=x.device)
+    return torch.mm(x, weight.t(), out=apart[:, :features])
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    act: str = "",
+    add: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`act(x @ weight.T + bias)` or `x @ weight.T + bias + add`; x `[num_tokens, in]`, weight `[out, in]`.
 
     batch_invariant: one tiling whatever the number of tokens, which sums in the same order for every row.
     """
-    if batch_invariant:
-        return _launch_invariant(x, weight, bias)
-    chosen = _tiling_for(x, weight)
-    split = chosen is not None and chosen.split_k > 1
-    if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype in HALF and not split:
-        return _launch_one(x, weight, bias)
-    if chosen is None:
-        return F.linear(x, weight, bias)
-    return _launch(x, weight, bias, block_m(x.shape[0]), chosen)
+    chosen = None if batch_invariant else _tiling_for(x, weight)
+    split, end = chosen is not None and chosen.split_k > 1, End(act=act, add=add)
+    if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype in HALF and not split and not batch_invariant:
+        return _launch_one(x, weight, bias, end)
+    if chosen is not None:
+        return _launch(x, weight, bias, block_m(x.shape[0]), chosen, end)
+    out = _launch_invariant(x, weight, bias) if batch_invariant else _library(x, weight, bias)
+    if act:
+        return activation(out, act)
+    return out if add is None else out + add
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
@@ -83,7 +101,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
         return gated_wide(x, weight, name, cut)
     chosen = None if batch_invariant else _tiling_for(x, weight)
     if x.shape[0] == 1 and chosen is not None:
-        return _launch_one(x, weight, bias, name)
+        return _launch_one(x, weight, bias, End(name))
     if chosen is None or chosen.split_k > 1 or chosen.block_n < 64 or weight.shape[0] % 128:
         out: Tensor = gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
         return out
@@ -91,4 +109,4 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
         chosen = Tiling(64, 128, 1, 6 if x.shape[0] <= 16 else 4, 4)
     else:
         chosen = chosen._replace(block_n=chosen.block_n // 2)
-    return _launch(x, weight, bias, block_m(x.shape[0]), chosen, name)
+    return _launch(x, weight, bias, block_m(x.shape[0]), chosen, End(name))

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flover.kernels.triton.common import arrivals, grid_launch, grid_wait, launch_options, prefetch
-from flover.kernels.triton.fused import _gated
+from flover.kernels.triton.fused import _activate, _gated
 
 AHEAD = 2  # tiles
 HALF = (torch.float16, torch.bfloat16)  # fp32 products are bound by arithmetic
@@ -49,10 +49,22 @@ def _add_bias(sums, bias, at, inside, USED: tl.constexpr):
 
 
 @triton.jit
+def _finished(value, add, where, inside, DTYPE: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
+    """The activation of a result, or the sum with `add`; rounded where the separate steps round."""
+    value = value.to(DTYPE)
+    if ACT != "":
+        value = _activate(value.to(tl.float32), ACT).to(DTYPE)
+    if ADD:
+        value += tl.load(add + where, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
 def _one_row(
     x,  # [K]
     w,  # [N, K]
     bias,
+    add,  # [N]
     scale,  # [N] fp32, of the weight
     x_scale,  # [1] fp32
     out,  # [N]
@@ -62,6 +74,8 @@ def _one_row(
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATE: tl.constexpr,
+    ACT: tl.constexpr,
+    ADD: tl.constexpr,
     SCALES: tl.constexpr,  # 1: weights have 8 bits and scales, 2: x too
     PDL: tl.constexpr,
 ):
@@ -94,7 +108,8 @@ def _one_row(
         if GATE != "":
             wu = tl.load(uppers + (at + k)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
             up += wu.to(tl.float32) * token
-    result = _add_bias(tl.sum(acc, 1) * token_scale * factor, bias, n, n < N, HAS_BIAS).to(out.dtype.element_ty)
+    result = _add_bias(tl.sum(acc, 1) * token_scale * factor, bias, n, n < N, HAS_BIAS)
+    result = _finished(result, add, n, n < N, out.dtype.element_ty, ACT, ADD)
     if GATE != "":
         other = _add_bias(tl.sum(up, 1) * token_scale * up_factor, bias + N, n, n < N, HAS_BIAS)
         result = _gated(result, other, out.dtype.element_ty, GATE)
@@ -106,6 +121,7 @@ def _linear(
     x,  # [M, K]
     w,  # [N, K]
     bias,
+    add,  # [M, N]
     scale,  # [N] fp32, of the weight
     x_scale,  # [M] fp32
     out,  # [M, N]
@@ -121,6 +137,8 @@ def _linear(
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATE: tl.constexpr,  # an activation's name: the weight is gate over up, and out is act(gate) * up, [M, N / 2]
+    ACT: tl.constexpr,  # an activation's name: out is act(x @ w.T)
+    ADD: tl.constexpr,
     EVEN: tl.constexpr,  # N and K / SPLIT_K are whole tiles
     SCALES: tl.constexpr,  # 1: weights have 8 bits and scales, 2: x too
     ACC: tl.constexpr,  # int32 sums int8 products, else fp32
@@ -175,10 +193,11 @@ def _linear(
             for i in range(SPLIT_K):
                 total += tl.load(partial + i * M * N + where, mask=inside, other=0.0, cache_modifier=".cg")
             total = _add_bias(total * token_scale * factor, bias, n, n < N, HAS_BIAS)
-            tl.store(out + where, total.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + where, _finished(total, add, where, inside, out.dtype.element_ty, ACT, ADD), mask=inside)
             tl.store(arrived + unit, 0)
     else:
-        result = _add_bias(acc * token_scale * factor, bias, n, n < N, HAS_BIAS).to(out.dtype.element_ty)
+        result = _add_bias(acc * token_scale * factor, bias, n, n < N, HAS_BIAS)
+        result = _finished(result, add, where, inside, out.dtype.element_ty, ACT, ADD)
         if GATE != "":
             up = _add_bias(up.to(tl.float32) * token_scale * up_factor, bias + N, n, True, HAS_BIAS)
             result = _gated(result, up, out.dtype.element_ty, GATE)
@@ -193,7 +212,18 @@ class Scales(NamedTuple):
     dtype: torch.dtype
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales: Scales | None) -> dict[str, Any]:
+class End(NamedTuple):
+    """What becomes of a product: act(gate) * up if the weight is gate over up, act(product), or product + add."""
+
+    gate: str = ""
+    act: str = ""
+    add: Tensor | None = None  # [num_tokens, out], contiguous
+
+
+PLAIN = End()
+
+
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, end: End, scales: Scales | None) -> dict[str, Any]:
     """What both kernels take, by name."""
     N, K = weight.shape
     dtype, kind = (x.dtype, 0) if scales is None else (scales.dtype, 1 if scales.tokens is None else 2)
@@ -201,13 +231,16 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales
         "x": x,
         "w": weight,
         "bias": x if bias is None else bias,
+        "add": x if end.add is None else end.add,
         "scale": scales.weight if scales else x,
         "x_scale": scales.tokens if scales and kind == 2 else x,
-        "out": torch.empty(len(x), N // 2 if gate else N, dtype=dtype, device=x.device),
+        "out": torch.empty(len(x), N // 2 if end.gate else N, dtype=dtype, device=x.device),
         "N": N,
         "K": K,
         "HAS_BIAS": bias is not None,
-        "GATE": gate,
+        "GATE": end.gate,
+        "ACT": end.act,
+        "ADD": end.add is not None,
         "SCALES": kind,
         **launch_options(x.device),
     }
@@ -217,13 +250,13 @@ def _launch_one(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gate: str = "",
+    end: End = PLAIN,
     scales: Scales | None = None,
     tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """tile: rows of the weight, elements of each, warps."""
-    block_n, block_k, warps = tile or (2, 1024 if len(weight) >= 4096 and not gate else 2048, 4)
-    given = _arguments(x, weight, bias, gate, scales)
+    block_n, block_k, warps = tile or (2, 1024 if len(weight) >= 4096 and not end.gate else 2048, 4)
+    given = _arguments(x, weight, bias, end, scales)
     out: Tensor = given["out"]
     _one_row[(triton.cdiv(out.shape[1], block_n),)](**given, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps)
     return out
@@ -240,15 +273,15 @@ def _launch(
     bias: Tensor | None,
     block_m: int,
     t: Tiling,
-    gate: str = "",
+    end: End = PLAIN,
     scales: Scales | None = None,
 ) -> Tensor:
-    given = _arguments(x, weight, bias, gate, scales)
+    given = _arguments(x, weight, bias, end, scales)
     out: Tensor = given["out"]
     (M, width), K = out.shape, weight.shape[1]
     partial = torch.empty(t.split_k * M * width, dtype=torch.float32, device=x.device) if t.split_k > 1 else out
     even = width % t.block_n == 0 and K % (t.block_k * t.split_k) == 0
-    assert even or not gate
+    assert even or not end.gate
     line = 128 // weight.element_size()
     _linear[(triton.cdiv(width, t.block_n), t.split_k, triton.cdiv(M, block_m))](
         **given,

@@ -19,7 +19,7 @@ from torch import Tensor
 from flover.kernels.reference.quantised import LARGEST, Tokens
 from flover.kernels.triton.common import grid_launch, grid_wait, launch_options
 from flover.kernels.triton.fused import _store_row, gated
-from flover.kernels.triton.product import HALF, Scales, Tiling, _launch, _launch_invariant, _launch_one, block_m
+from flover.kernels.triton.product import HALF, End, Scales, Tiling, _launch, _launch_invariant, _launch_one, block_m
 
 MAX_ROWS = 256  # beyond, a weight is worth writing out
 MAX_ROWS_8_BIT = 64  # beyond, tokens of 8 bits are the library's, which wants more than 16
@@ -164,11 +164,11 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, gate: str, scales: Scal
     num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     t = tiling(M, N, K, num_sms)
     if M == 1 and t.split_k == 1:
-        return _launch_one(x, weight, bias, gate, scales, one_row_tile(N))
+        return _launch_one(x, weight, bias, End(gate), scales, one_row_tile(N))
     half = t._replace(block_n=t.block_n // 2)
     if gate and t.split_k == 1 and N % t.block_n == 0 and K % t.block_k == 0:
-        return _launch(x, weight, bias, block_m(M), half, gate, scales)
-    out = _launch(x, weight, bias, block_m(M), t, "", scales)
+        return _launch(x, weight, bias, block_m(M), half, End(gate), scales)
+    out = _launch(x, weight, bias, block_m(M), t, scales=scales)
     return gated(out, gate) if gate else out
 
 
