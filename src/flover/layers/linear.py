@@ -139,15 +139,52 @@ class QKVLinear(ColumnLinear):
         self.head_dim = head_dim
 
     def ranges(self, group: Group) -> list[Range]:
-        heads, kv_heads, _ = (size // self.head_dim for size in self.sizes)
+        heads, kv_heads, _ = (size // self.head_dim for size in self.sizes[:3])
         own, shared = split(heads, group.rank, group.size), kv_split(kv_heads, group.rank, group.size)
         return [(begin * self.head_dim, end * self.head_dim) for begin, end in (own, shared, shared)]
 
     def forward(self, x: Tensor | Tokens) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """q, k and v, each `[num_tokens, heads of this rank, head_dim]`."""
-        together = super().forward(x)
-        q, k, v = (t.view(len(t), -1, self.head_dim) for t in torch.split(together, list(self.sizes), -1))
+        return self.heads(super().forward(x))
+
+    def heads(self, together: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (t.view(len(t), -1, self.head_dim) for t in torch.split(together, list(self.sizes[:3]), -1))
         return q, k, v
+
+
+class QKVUpLinear(QKVLinear):
+    """QKV and the way into an MLP that reads the same tokens (GPT-J), in one product. Only the MLP has a bias."""
+
+    def __init__(self, in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, width: int) -> None:
+        sizes = [*(n * head_dim for n in (num_heads, num_kv_heads, num_kv_heads)), width]
+        ColumnLinear.__init__(self, in_features, sizes)
+        self.head_dim = head_dim
+        self.bias = nn.Parameter(torch.empty(width), requires_grad=False)
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        return None  # of the whole product
+
+    def ranges(self, group: Group) -> list[Range]:
+        return [*super().ranges(group), split(self.sizes[3], group.rank, group.size)]
+
+    def shard(self, group: Group) -> Mapping[str, Part]:
+        width = split(self.sizes[3], group.rank, group.size)
+        return {**super().shard(group), "bias": Part(0, (width,))}
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor | Tokens, act: Activation
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v as of `QKVLinear`, and what the MLP's second layer reads, `[num_tokens, width of this rank]`."""
+        fork = sum(self.sizes[:3])
+        if self.packed is None and self.scale is None:
+            together, up = self.ops.forked_linear(
+                x, self.weight, self.bias, act.name, fork, batch_invariant=self.batch_invariant
+            )
+        else:
+            out = Linear.forward(self, x)
+            together, up = out[:, :fork], act(out[:, fork:], self.bias)
+        return *self.heads(together), up
 
 
 class RowLinear(Linear):

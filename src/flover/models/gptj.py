@@ -7,29 +7,33 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from flover.layers.attention import ForwardContext
+from flover.layers.activation import Activation
+from flover.layers.attention import Attention, ForwardContext
 from flover.layers.embedding import LMHead, VocabEmbedding
+from flover.layers.linear import QKVUpLinear, RowLinear
 from flover.layers.norm import LayerNorm
 from flover.layers.rotary import Rotary, RotaryTables
 from flover.model_config import ModelConfig
 from flover.models.base import CausalLM, Source, join
-from flover.models.gpt2 import GPT2MLP
-from flover.models.gpt_neox import GPTNeoXAttention
 
 
 class GPTJBlock(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_norm = LayerNorm(config.hidden_size, float(config.hf.get("layer_norm_epsilon", 1e-5)))
-        self.self_attn = GPTNeoXAttention(config, layer, bias=False)
-        size = config.positive("n_inner", 4 * config.hidden_size)
-        self.mlp = GPT2MLP(config, size, str(config.hf.get("activation_function", "gelu_new")))
+        hidden, heads, width = config.hidden_size, config.num_heads, config.positive("n_inner", 4 * config.hidden_size)
+        self.input_norm = LayerNorm(hidden, float(config.hf.get("layer_norm_epsilon", 1e-5)))
+        self.in_proj = QKVUpLinear(hidden, heads, heads, config.head_dim, width)
+        self.act = Activation(str(config.hf.get("activation_function", "gelu_new")))
+        self.attn = Attention(layer, config.head_dim**-0.5)
+        self.out_proj = RowLinear(hidden, hidden)
+        self.down_proj = RowLinear(width, hidden, bias=True)
 
     def forward(
         self, x: Tensor, delta: Tensor | None, rotary: RotaryTables, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        normed, x = self.input_norm.add(x, delta, into=self.self_attn.qkv_proj)
-        return x, self.mlp(normed, add=self.self_attn(normed, rotary, ctx))
+        normed, x = self.input_norm.add(x, delta, into=self.in_proj)
+        q, k, v, up = self.in_proj(normed, self.act)
+        return x, self.down_proj(up, add=self.out_proj(self.attn(q, k, v, ctx, rotary)))
 
 
 class GPTJForCausalLM(CausalLM):
@@ -39,12 +43,13 @@ class GPTJForCausalLM(CausalLM):
         "embed.weight": "transformer.wte.weight",
         "layers.{i}.input_norm.weight": "transformer.h.{i}.ln_1.weight",
         "layers.{i}.input_norm.bias": "transformer.h.{i}.ln_1.bias",
-        "layers.{i}.self_attn.qkv_proj.weight": join(*(f"transformer.h.{{i}}.attn.{n}_proj.weight" for n in "qkv")),
-        "layers.{i}.self_attn.out_proj.weight": "transformer.h.{i}.attn.out_proj.weight",
-        "layers.{i}.mlp.up_proj.weight": "transformer.h.{i}.mlp.fc_in.weight",
-        "layers.{i}.mlp.up_proj.bias": "transformer.h.{i}.mlp.fc_in.bias",
-        "layers.{i}.mlp.down_proj.weight": "transformer.h.{i}.mlp.fc_out.weight",
-        "layers.{i}.mlp.down_proj.bias": "transformer.h.{i}.mlp.fc_out.bias",
+        "layers.{i}.in_proj.weight": join(
+            *(f"transformer.h.{{i}}.attn.{n}_proj.weight" for n in "qkv"), "transformer.h.{i}.mlp.fc_in.weight"
+        ),
+        "layers.{i}.in_proj.bias": "transformer.h.{i}.mlp.fc_in.bias",
+        "layers.{i}.out_proj.weight": "transformer.h.{i}.attn.out_proj.weight",
+        "layers.{i}.down_proj.weight": "transformer.h.{i}.mlp.fc_out.weight",
+        "layers.{i}.down_proj.bias": "transformer.h.{i}.mlp.fc_out.bias",
         "norm.weight": "transformer.ln_f.weight",
         "norm.bias": "transformer.ln_f.bias",
         "lm_head.weight": "lm_head.weight",

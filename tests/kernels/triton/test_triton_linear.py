@@ -7,9 +7,20 @@ import pytest
 import torch
 from triton_device import DEVICE, DTYPES
 
+from flover.kernels import reference as reference_ops
 from flover.kernels.reference import gated
 from flover.kernels.triton import activation, wide
-from flover.kernels.triton.linear import End, Tiling, _launch, _launch_one, _library, gated_linear, linear, tiling
+from flover.kernels.triton.linear import (
+    End,
+    Tiling,
+    _launch,
+    _launch_one,
+    _library,
+    forked_linear,
+    gated_linear,
+    linear,
+    tiling,
+)
 
 
 def reference(x, weight, bias):
@@ -64,6 +75,20 @@ def test_what_becomes_of_a_product_is_rounded_as_in_steps_of_its_own(rows, split
     assert torch.equal(launch(End(add=add)), plain + add)
     for name in ("gelu_new", "relu"):
         assert torch.equal(launch(End(act=name)), activation(plain, name))
+    fork, bias = 40, bias[40:]
+    forked = launch(End(act="relu", fork=fork))
+    assert torch.equal(forked[:, fork:], activation(plain[:, fork:], "relu"))
+    bias = None
+    assert torch.equal(forked[:, :fork], launch(End())[:, :fork])
+
+
+def test_two_layers_that_read_the_same_tokens(dtype):
+    x, weight, bias = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((70, 96), (100, 96), (36,)))
+    for invariant in (False, True):
+        got = forked_linear(x.float(), weight.float(), bias.float(), "gelu_new", 64, batch_invariant=invariant)
+        want = reference_ops.forked_linear(x.double(), weight.double(), bias.double(), "gelu_new", 64)
+        for ours, theirs in zip(got, want, strict=True):
+            assert (ours.double() - theirs).norm() / theirs.norm() < 1e-5
 
 
 def test_gate_and_up_in_one_launch(dtype):

@@ -25,6 +25,7 @@ __all__ = [
     "copy_blocks",
     "draw",
     "draw_part",
+    "forked_linear",
     "gated",
     "gated_linear",
     "layer_norm",
@@ -53,9 +54,17 @@ def linear(
     return out if add is None else out + add
 
 
-def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
-    """An element-wise function by its config.json name."""
-    function = ACTIVATIONS[name]
+def forked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, fork: int, *, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Two layers that read the same tokens, the second with a bias and an activation, from features `fork` on."""
+    out = linear(x, weight, None, batch_invariant=batch_invariant)
+    return out[:, :fork], activation(out[:, fork:], act, bias=bias, batch_invariant=batch_invariant)
+
+
+def activation(x: Tensor, name: str, *, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
+    """An element-wise function of x (+ bias) by its config.json name."""
+    function, x = ACTIVATIONS[name], x if bias is None else x + bias
     return _invariant.tiled_map(function, x) if batch_invariant else function(x)
 
 

@@ -48,8 +48,8 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
         chosen = Tiling(64, 64, 2, stages, 4) if rows <= 16 else Tiling(32, 256, 1, 4, 4)
     elif 1 < fill < 1.5:
         chosen = Tiling(64, 64, 2, 4, 4) if fill < 4 / 3 and rows <= 16 else Tiling(64, 64, 1, stages, 4)
-    else:
-        chosen = Tiling(64, 128, 1, stages, 4)
+    else:  # of many tiles with more than 16 tokens, two fit a multiprocessor
+        chosen = Tiling(64, 128, 1, 4 if fill > 3 and rows > 16 else stages, 4)
     if out_features % chosen.block_n or in_features % (chosen.block_k * chosen.split_k):
         return None
     return chosen if tiles * chosen.split_k >= 0.7 * num_sms else None
@@ -61,13 +61,26 @@ def _tiling_for(x: Tensor, weight: Tensor) -> Tiling | None:
     return tiling(x.shape[0], *weight.shape, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None, end: End) -> Tensor | None:
+    """The kernels of product.py, None where cuBLAS is as fast."""
+    chosen = _tiling_for(x, weight)
+    split = chosen is not None and chosen.split_k > 1
+    if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype in HALF and not split:
+        return _launch_one(x, weight, bias, end)
+    return None if chosen is None else _launch(x, weight, bias, block_m(x.shape[0]), chosen, end)
+
+
 def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """cuBLAS; rows of a result lie at 16 bytes, also of GPT-2's 50,257 tokens: for others it has but slow kernels."""
-    features = len(weight)
-    if x.dtype not in HALF or bias is not None or features % 8 == 0:
+    """cuBLAS. Of a number of features that is no multiple of 8 (GPT-2's 50,257 tokens) it has only slow kernels, for
+    results whose rows lie off 16 bytes: there the rows lie apart, and the last few features are a product of their own.
+    """
+    features, rest = len(weight), len(weight) % 8
+    if x.dtype not in HALF or bias is not None or rest == 0:
         return F.linear(x, weight, bias)
-    apart = torch.empty(len(x), features + -features % 8, dtype=x.dtype, device=x.device)
-    return torch.mm(x, weight.t(), out=apart[:, :features])
+    out = torch.empty(len(x), features + 8 - rest, dtype=x.dtype, device=x.device)[:, :features]
+    for part in (slice(features - rest), slice(features - rest, features)):
+        torch.mm(x, weight[part].t(), out=out[:, part])
+    return out
 
 
 def linear(
@@ -83,16 +96,24 @@ def linear(
 
     batch_invariant: one tiling whatever the number of tokens, which sums in the same order for every row.
     """
-    chosen = None if batch_invariant else _tiling_for(x, weight)
-    split, end = chosen is not None and chosen.split_k > 1, End(act=act, add=add)
-    if x.shape[0] == 1 and len(weight) <= MAX_FEATURES and x.dtype in HALF and not split and not batch_invariant:
-        return _launch_one(x, weight, bias, end)
-    if chosen is not None:
-        return _launch(x, weight, bias, block_m(x.shape[0]), chosen, end)
+    out = None if batch_invariant else _few(x, weight, bias, End(act=act, add=add))
+    if out is not None:
+        return out
     out = _launch_invariant(x, weight, bias) if batch_invariant else _library(x, weight, bias)
     if act:
         return activation(out, act)
     return out if add is None else out + add
+
+
+def forked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, fork: int, *, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Two layers that read the same tokens, the second with a bias and an activation, from features `fork` on."""
+    out = None if batch_invariant else _few(x, weight, bias, End(act=act, fork=fork))
+    if out is not None:
+        return out[:, :fork], out[:, fork:]
+    out = linear(x, weight, None, batch_invariant=batch_invariant)
+    return out[:, :fork], activation(out[:, fork:], act, bias=bias)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:

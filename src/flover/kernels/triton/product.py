@@ -40,20 +40,25 @@ def _scales(scale, index, inside, USED: tl.constexpr):
 
 
 @triton.jit
-def _add_bias(sums, bias, at, inside, USED: tl.constexpr):
-    """To sums of one dimension, or of features by tokens."""
+def _add_bias(sums, bias, n, inside, USED: tl.constexpr, FORK: tl.constexpr):
+    """To sums of one dimension, or of features by tokens. FORK: features before the first that has one."""
     if USED:
-        b = tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        if FORK > 0:
+            inside = inside & (n >= FORK)
+        b = tl.load(bias + n - FORK, mask=inside, other=0.0).to(tl.float32)
         sums += b if len(sums.shape) == 1 else b[:, None]
     return sums
 
 
 @triton.jit
-def _finished(value, add, where, inside, DTYPE: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr):
+def _finished(
+    value, add, where, n, inside, DTYPE: tl.constexpr, ACT: tl.constexpr, FORK: tl.constexpr, ADD: tl.constexpr
+):
     """The activation of a result, or the sum with `add`; rounded where the separate steps round."""
     value = value.to(DTYPE)
     if ACT != "":
-        value = _activate(value.to(tl.float32), ACT).to(DTYPE)
+        acted = _activate(value.to(tl.float32), ACT).to(DTYPE)
+        value = acted if FORK == 0 else tl.where(n >= FORK, acted, value)
     if ADD:
         value += tl.load(add + where, mask=inside, other=0.0)
     return value
@@ -75,6 +80,7 @@ def _one_row(
     HAS_BIAS: tl.constexpr,
     GATE: tl.constexpr,
     ACT: tl.constexpr,
+    FORK: tl.constexpr,
     ADD: tl.constexpr,
     SCALES: tl.constexpr,  # 1: weights have 8 bits and scales, 2: x too
     PDL: tl.constexpr,
@@ -108,10 +114,10 @@ def _one_row(
         if GATE != "":
             wu = tl.load(uppers + (at + k)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
             up += wu.to(tl.float32) * token
-    result = _add_bias(tl.sum(acc, 1) * token_scale * factor, bias, n, n < N, HAS_BIAS)
-    result = _finished(result, add, n, n < N, out.dtype.element_ty, ACT, ADD)
+    result = _add_bias(tl.sum(acc, 1) * token_scale * factor, bias, n, n < N, HAS_BIAS, FORK)
+    result = _finished(result, add, n, n, n < N, out.dtype.element_ty, ACT, FORK, ADD)
     if GATE != "":
-        other = _add_bias(tl.sum(up, 1) * token_scale * up_factor, bias + N, n, n < N, HAS_BIAS)
+        other = _add_bias(tl.sum(up, 1) * token_scale * up_factor, bias + N, n, n < N, HAS_BIAS, 0)
         result = _gated(result, other, out.dtype.element_ty, GATE)
     tl.store(out + n, result, mask=n < N)
 
@@ -137,7 +143,8 @@ def _linear(
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATE: tl.constexpr,  # an activation's name: the weight is gate over up, and out is act(gate) * up, [M, N / 2]
-    ACT: tl.constexpr,  # an activation's name: out is act(x @ w.T)
+    ACT: tl.constexpr,  # an activation's name: out is act(x @ w.T), from feature FORK on
+    FORK: tl.constexpr,
     ADD: tl.constexpr,
     EVEN: tl.constexpr,  # N and K / SPLIT_K are whole tiles
     SCALES: tl.constexpr,  # 1: weights have 8 bits and scales, 2: x too
@@ -192,14 +199,15 @@ def _linear(
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for i in range(SPLIT_K):
                 total += tl.load(partial + i * M * N + where, mask=inside, other=0.0, cache_modifier=".cg")
-            total = _add_bias(total * token_scale * factor, bias, n, n < N, HAS_BIAS)
-            tl.store(out + where, _finished(total, add, where, inside, out.dtype.element_ty, ACT, ADD), mask=inside)
+            total = _add_bias(total * token_scale * factor, bias, n, n < N, HAS_BIAS, FORK)
+            total = _finished(total, add, where, n[:, None], inside, out.dtype.element_ty, ACT, FORK, ADD)
+            tl.store(out + where, total, mask=inside)
             tl.store(arrived + unit, 0)
     else:
-        result = _add_bias(acc * token_scale * factor, bias, n, n < N, HAS_BIAS)
-        result = _finished(result, add, where, inside, out.dtype.element_ty, ACT, ADD)
+        result = _add_bias(acc * token_scale * factor, bias, n, n < N, HAS_BIAS, FORK)
+        result = _finished(result, add, where, n[:, None], inside, out.dtype.element_ty, ACT, FORK, ADD)
         if GATE != "":
-            up = _add_bias(up.to(tl.float32) * token_scale * up_factor, bias + N, n, True, HAS_BIAS)
+            up = _add_bias(up.to(tl.float32) * token_scale * up_factor, bias + N, n, True, HAS_BIAS, 0)
             result = _gated(result, up, out.dtype.element_ty, GATE)
         tl.store(out + where, result, mask=inside)
 
@@ -213,10 +221,14 @@ class Scales(NamedTuple):
 
 
 class End(NamedTuple):
-    """What becomes of a product: act(gate) * up if the weight is gate over up, act(product), or product + add."""
+    """What becomes of a product: act(gate) * up if the weight is gate over up, act(product), or product + add.
+
+    fork: features before the first that `act` is of, and the bias.
+    """
 
     gate: str = ""
     act: str = ""
+    fork: int = 0
     add: Tensor | None = None  # [num_tokens, out], contiguous
 
 
@@ -240,6 +252,7 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, end: End, scales:
         "HAS_BIAS": bias is not None,
         "GATE": end.gate,
         "ACT": end.act,
+        "FORK": end.fork,
         "ADD": end.add is not None,
         "SCALES": kind,
         **launch_options(x.device),
