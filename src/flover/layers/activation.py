@@ -21,8 +21,8 @@ class Activation(Layer):
             raise ValueError(f"unknown activation {name!r}; known: {', '.join(sorted(ACTIVATIONS))}")
         self.name = name
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = self.ops.activation(x, self.name, bias=bias, batch_invariant=self.batch_invariant)
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.ops.activation(x, self.name, batch_invariant=self.batch_invariant)
         return out
 
     def gated(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,8 @@ class Linear(Layer):
         elif self.scale is not None:
             out = self.ops.quantised_linear(x, self.weight, self.scale, self.own_bias, **self._modes())
         else:
-            end = {"act": act.name if act else "", "add": add, "batch_invariant": self.batch_invariant}
-            out = self.ops.linear(x, self.weight, self.own_bias, **end)
+            name, invariant = act.name if act else "", self.batch_invariant
+            out = self.ops.linear(x, self.weight, self.own_bias, act=name, add=add, batch_invariant=invariant)
             return out
         if act is not None:
             out = act(out)
@@ -176,14 +177,17 @@ class QKVUpLinear(QKVLinear):
         self, x: Tensor | Tokens, act: Activation
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v as of `QKVLinear`, and what the MLP's second layer reads, `[num_tokens, width of this rank]`."""
-        fork = sum(self.sizes[:3])
-        if self.packed is None and self.scale is None:
-            together, up = self.ops.forked_linear(
-                x, self.weight, self.bias, act.name, fork, batch_invariant=self.batch_invariant
-            )
-        else:
+        fork, weight, bias = sum(self.sizes[:3]), self.weight, self.bias
+        assert bias is not None
+        if weight is None:  # packed
             out = Linear.forward(self, x)
-            together, up = out[:, :fork], act(out[:, fork:], self.bias)
+            together, up = out[:, :fork], act(out[:, fork:] + bias)
+        elif self.scale is not None:
+            product = partial(self.ops.quantised_linear, x, **self._modes())
+            together = product(weight[:fork], self.scale[:fork], None)
+            up = act(product(weight[fork:], self.scale[fork:], bias))
+        else:
+            together, up = self.ops.forked_linear(x, weight, bias, act.name, fork, batch_invariant=self.batch_invariant)
         return *self.heads(together), up
 
 
@@ -201,9 +205,7 @@ class RowLinear(Linear):
     def largest(self, rows: Tensor) -> Tensor:
         return self.group.largest(super().largest(rows))
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor | Tokens, add: Tensor | Partial | None = None
-    ) -> Tensor | Partial:
+    def forward(self, x: Tensor | Tokens, add: Tensor | Partial | None = None) -> Tensor | Partial:  # type: ignore[override]
         """Among ranks a `Partial`: who reads the output takes the sum, most often a norm (`Norm.add`)."""
         product = super().forward(x, add=add.part if isinstance(add, Partial) else add)
         return product if self.group.size == 1 else Partial(product, self.group)

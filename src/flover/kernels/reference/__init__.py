@@ -58,13 +58,13 @@ def forked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str, fork: int, *, batch_invariant: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Two layers that read the same tokens, the second with a bias and an activation, from features `fork` on."""
-    out = linear(x, weight, None, batch_invariant=batch_invariant)
-    return out[:, :fork], activation(out[:, fork:], act, bias=bias, batch_invariant=batch_invariant)
+    first = linear(x, weight[:fork], None, batch_invariant=batch_invariant)
+    return first, linear(x, weight[fork:], bias, act=act, batch_invariant=batch_invariant)
 
 
-def activation(x: Tensor, name: str, *, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
-    """An element-wise function of x (+ bias) by its config.json name."""
-    function, x = ACTIVATIONS[name], x if bias is None else x + bias
+def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """An element-wise function by its config.json name."""
+    function = ACTIVATIONS[name]
     return _invariant.tiled_map(function, x) if batch_invariant else function(x)
 
 

@@ -214,14 +214,12 @@ def _gated(gate, up, DTYPE: tl.constexpr, NAME: tl.constexpr):
 @triton.jit
 def _gate(
     x,
-    bias,
     out,
     scale,  # of tokens of 8 bits; a program then has the whole row
     stride_x,
     width,
     NAME: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -232,17 +230,13 @@ def _gate(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     gate = tl.load(x + row * stride_x + i, mask=inside, other=0.0)
-    if BIAS:
-        gate += tl.load(bias + i, mask=inside, other=0.0)
     value = _activate(gate.to(tl.float32), NAME).to(gate.dtype)
     if GATED:
         value = value * tl.load(x + row * stride_x + width + i, mask=inside, other=0.0)
     _store_row(out, scale, value, row, i, inside, width, x.dtype.element_ty, LARGEST)
 
 
-def _activation(
-    x: Tensor, name: str, gated: bool, quantise: torch.dtype | None = None, bias: Tensor | None = None
-) -> Any:
+def _activation(x: Tensor, name: str, gated: bool, quantise: torch.dtype | None = None) -> Any:
     x = x if x.dim() == 2 else x.flatten(0, -2)
     rows, width = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     out, scale, largest = _row_out(torch.Size((rows, width)), x, quantise)
@@ -252,14 +246,12 @@ def _activation(
     if rows:
         _gate[(rows, triton.cdiv(width, block))](
             x,
-            x if bias is None else bias,
             out,
             scale,
             x.stride(0),
             width,
             NAME=name,
             GATED=gated,
-            BIAS=bias is not None,
             LARGEST=largest,
             BLOCK=block,
             num_warps=min(max(block // 256, 1), 16),
@@ -268,9 +260,9 @@ def _activation(
     return out if quantise is None else Tokens(out, scale, x.dtype)
 
 
-def activation(x: Tensor, name: str, *, bias: Tensor | None = None, batch_invariant: bool = False) -> Tensor:
-    """An element-wise function of x `[num_tokens, n]` (+ bias) by its config.json name; always batch-invariant."""
-    out: Tensor = _activation(x, name, False, bias=bias)
+def activation(x: Tensor, name: str, *, batch_invariant: bool = False) -> Tensor:
+    """An element-wise function of x `[num_tokens, n]` by its config.json name; always batch-invariant."""
+    out: Tensor = _activation(x, name, False)
     return out
 
 

@@ -112,8 +112,8 @@ def forked_linear(
     out = None if batch_invariant else _few(x, weight, bias, End(act=act, fork=fork))
     if out is not None:
         return out[:, :fork], out[:, fork:]
-    out = linear(x, weight, None, batch_invariant=batch_invariant)
-    return out[:, :fork], activation(out[:, fork:], act, bias=bias)
+    first = linear(x, weight[:fork], None, batch_invariant=batch_invariant)
+    return first, linear(x, weight[fork:], bias, act=act, batch_invariant=batch_invariant)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
