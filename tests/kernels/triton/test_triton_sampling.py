@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from flover.kernels.reference import sampling as twin
+from flover.kernels.triton import noise, threshold
 from flover.kernels.triton import sampling as ops
-from flover.kernels.triton import sampling_kernels as kernels
 
 INF, NAN = math.inf, math.nan
 FILTERS = ("top_k", "top_p", "min_p")
@@ -23,7 +23,7 @@ def _small_tiles(monkeypatch, device):
     if device.type == "cpu":
         monkeypatch.setattr(ops, "TILE", 256)
         monkeypatch.setattr(ops, "BLOCK", 128)
-        monkeypatch.setattr(kernels, "PIVOTS", tl.constexpr(32))
+        monkeypatch.setattr(threshold, "PIVOTS", tl.constexpr(32))
 
 
 def make_scores(rows, vocab, device, seed=0, kind="mixed"):
@@ -114,7 +114,7 @@ def check(scores, params, close_allowed=1):
 @triton.jit
 def _write_words(out, seeds, choices, positions, purpose, groups, N: tl.constexpr):
     row, group = tl.program_id(0), tl.arange(0, N)
-    words = kernels._philox(group, tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row), purpose)
+    words = noise._philox(group, tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row), purpose)
     for lane in tl.static_range(4):
         tl.store(out + (row * groups + group) * 4 + lane, words[lane].to(tl.int64), mask=group < groups)
 
@@ -123,7 +123,7 @@ def _write_words(out, seeds, choices, positions, purpose, groups, N: tl.constexp
 def _write_gumbel(out, m, n, N: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
     word = (tl.load(m + at, mask=at < n, other=0).to(tl.uint32) << 8) + 0xFF  # the low bits are not looked at
-    tl.store(out + at, kernels._gumbel_of(word), mask=at < n)
+    tl.store(out + at, noise._gumbel_of(word), mask=at < n)
 
 
 def test_random_words_equal_the_twins_bit_for_bit(device):
@@ -168,12 +168,12 @@ def test_noise_is_the_twins(device, vocab):
 def _run_search(keys, n, low, high, targets, out, BLOCK: tl.constexpr):
     i = tl.program_id(0)
     low, high = tl.load(low), tl.load(high)
-    tl.store(out + i, kernels._search(keys, n, low, high, tl.load(targets + i), 0.0, False, BLOCK))
+    tl.store(out + i, threshold._search(keys, n, low, high, tl.load(targets + i), 0.0, False, BLOCK))
 
 
 @pytest.mark.parametrize(("low", "high"), [(-20, 19), (-3, 12), (5, 5)])
 def test_search_is_exact_to_the_last_key(device, monkeypatch, low, high):
-    monkeypatch.setattr(kernels, "PIVOTS", tl.constexpr(4))
+    monkeypatch.setattr(threshold, "PIVOTS", tl.constexpr(4))
     keys = torch.randint(-20, 20, (200,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     targets = torch.tensor([0, 1, 2, 20, 77, 150, 199, 200, 201]).double()
     ends = [torch.tensor([end], device=device) for end in (low, high)]

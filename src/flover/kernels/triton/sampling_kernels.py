@@ -6,8 +6,8 @@ order. Only the last bits of exp and log may differ from the twin's: another tok
 scores are that close, or (very rarely) where a top-p set ends that close to its share.
 
 No row is sorted. Scores below a bound that provably cannot matter are left out, after which few of a model's logits
-remain; the thresholds are then searched among those, in the order-preserving integer image of fp32, several pivots at
-a time. The launches, the same for any number of rows:
+remain; the thresholds are then searched among those (threshold.py; noise is in noise.py). The launches, the same for
+any number of rows:
 
     no filter  _tile_best (tiles, rows) -> _merge (rows): one read of the scores
     filters    _peaks (tiles, rows) -> _bound (rows) -> _collect (tiles, rows) -> _select (rows): two reads
@@ -18,58 +18,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flover.kernels.reference.sampling import MASS_ONE
 from flover.kernels.triton.common import grid_launch, grid_wait
+from flover.kernels.triton.noise import _noise, _tile_noise
+from flover.kernels.triton.threshold import LOWEST, _key, _mass, _score, _search
 
 GROUP = tl.constexpr(32)  # ids that share a peak
-PIVOTS = tl.constexpr(4)  # a search splits its interval in PIVOTS + 1 parts
-ONE = tl.constexpr(MASS_ONE)
-UNIT = tl.constexpr(2.0**-24)
-LOWEST = tl.constexpr(-2139095041)  # _key(-inf)
 # How far below the best score one can matter: noise spans -2.9 to 17.4; exp(-28) is no mass in fixed point.
 NOISE_SPAN = tl.constexpr(21.0)
 MASS_SPAN = tl.constexpr(28.0)
 # Rows of one tensor `[parameters, rows]`: their alignment changes with the number of rows. Each is read as a scalar.
 ROW_PARAMETERS = ("temperature", "random", "seeds", "choices", "positions", "top_k", "top_p", "min_p")
-
-
-@triton.jit
-def _philox(group, seed, choice, position, purpose):
-    """The four words of each group of four ids."""
-    return tl.philox_impl(
-        group.to(tl.uint32),
-        position.to(tl.uint32),
-        tl.full(group.shape, purpose, tl.uint32),
-        (seed >> 32).to(tl.uint32),
-        seed.to(tl.uint32),
-        choice.to(tl.uint32),
-    )
-
-
-@triton.jit
-def _gumbel_of(word):
-    """-log(-log u), u = (m + 0.5) 2^-24. What m + 0.5 loses to rounding for m >= 2^23 is added to the inner log.
-
-    That is log1p(lost / u) to 2^-24 of the whole, as lost / u is either tiny or u is almost 1.
-    """
-    m = (word >> 8).to(tl.float32)
-    rounded = m + 0.5
-    lost = (m - rounded) + 0.5  # exact
-    return -tl.log(-(tl.log(rounded * UNIT) + lost * UNIT))
-
-
-@triton.jit
-def _tile_noise(start, seed, choice, position, purpose, TILE: tl.constexpr):
-    """[TILE] of ids from `start` on, which is a multiple of four."""
-    w0, w1, w2, w3 = _philox(start // 4 + tl.arange(0, TILE // 4), seed, choice, position, purpose)
-    return _gumbel_of(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
-
-
-@triton.jit
-def _noise(ids, seed, choice, position):
-    """The same numbers for any ids."""
-    w0, w1, w2, w3 = _philox(ids >> 2, seed, choice, position, 0)
-    return _gumbel_of(tl.where(ids & 2 == 0, tl.where(ids & 1 == 0, w0, w1), tl.where(ids & 1 == 0, w2, w3)))
 
 
 @triton.jit
@@ -91,48 +49,6 @@ def _first_best(x, ids):
     """The best score and its lowest id; ids in any order."""
     best = tl.max(x, 0)
     return best, tl.min(tl.where(x == best, ids, 0x7FFFFFFF), 0)
-
-
-@triton.jit
-def _key(x):
-    """fp32, not NaN, -> int32 of the same order; equal zeros get equal keys."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _score(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _mass(x, best):
-    """Probability relative to the best score's, in the twin's fixed point."""
-    return (tl.exp(x - best) * ONE).to(tl.int64)
-
-
-@triton.jit
-def _search(keys, n, low, high, target, best, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key t in [low, high] for which the keys >= t number `target`, or have that mass; low if none.
-
-    low, high: int64 scalars. target: fp64, which holds every count and mass below 2^53 exactly.
-    """
-    while low < high:
-        step = (high - low + 1 + PIVOTS) // (PIVOTS + 1)  # of high - low + 1 keys, rounded up
-        pivots = tl.minimum(low + step * (1 + tl.arange(0, PIVOTS)), high)
-        reached = tl.full([PIVOTS], 0, tl.int64)
-        for start in range(0, n, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            key = tl.load(keys + at, mask=at < n, other=LOWEST)  # below every pivot
-            above = key[:, None] >= pivots[None, :]
-            if MASS:
-                reached += tl.sum(tl.where(above, _mass(_score(key), best)[:, None], 0), 0)
-            else:
-                reached += tl.sum(above.to(tl.int32), 0)
-        passed = tl.sum((reached.to(tl.float64) >= target).to(tl.int64), 0)  # the lowest so many pivots
-        high = tl.minimum(low + step * (passed + 1) - 1, high)
-        low = tl.minimum(low + step * passed, high)
-    return low
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_PARAMETERS)
