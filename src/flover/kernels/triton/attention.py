@@ -227,7 +227,7 @@ def _launch_decode(
         share_number=meta.share_number,
         part_acc=torch.empty(num_heads * shares * head_dim, dtype=torch.float32, device=q.device),
         part_m=torch.empty(num_heads * shares * 2, dtype=torch.float32, device=q.device),
-        arrived=arrivals(q.device),
+        arrived=arrivals(q.device, n * kv_heads),
         stride_k=k.stride(0),
         stride_v=v.stride(0),
         PAIRS=0 if cos is None else cos.shape[-1],
