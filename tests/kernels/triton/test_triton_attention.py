@@ -191,7 +191,9 @@ def test_true_shapes_and_graph_replay(heads, kv_heads, head_dim, dtype):
     with torch.cuda.graph(graph):
         out = batch.attend(meta, new, scale=0.1)
     batch.seq_lens = [1, 1, 900, 2500, 100, 0, 17, 3]
-    meta.seq_lens.copy_(torch.tensor(batch.seq_lens))
+    later = batch.meta(8)
+    for name in ("seq_lens", "share_keys", "share_entry", "share_number"):
+        getattr(meta, name).copy_(getattr(later, name))
     for static, values in zip(new, batch.new(), strict=True):
         static.copy_(values)
     graph.replay()
