@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_triton_attention import TOLERANCE, Batch
+from test_triton_fp8 import OLD
 from triton_device import DEVICE, DTYPES
 
 from flover.kernels.triton.attention import attention
@@ -15,7 +16,7 @@ from flover.kernels.triton.common import arrivals
 LENS = st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129]) | st.integers(0, 400), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     lens=LENS.filter(any),
     padding=st.sampled_from([0, 1, 3]),
@@ -24,7 +25,7 @@ LENS = st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129]) | st.integers
     window=st.sampled_from([None, 1, 40, 64, 65, 128]),
     block_size=st.sampled_from([16, 400]),  # the latter: a slab
     dtype=st.sampled_from(DTYPES),
-    fp8=st.booleans(),
+    fp8=st.just(False) if OLD else st.booleans(),
 )
 def test_decode_is_the_twin_whatever_the_lengths(lens, padding, heads, programs, window, block_size, dtype, fp8):
     """programs: that fill the GPU; with few the shares are long. New keys and values are stored by one share each."""
