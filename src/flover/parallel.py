@@ -155,7 +155,7 @@ ALONE = Group()
 class Partial:
     """A rank's part of a sum over the ranks that nobody has taken yet.
 
-    A norm takes it on its way (`layers.norm`); parts of two sums are added first, and then it is one sum.
+    A norm takes it on its way (`layers.norm`).
     """
 
     def __init__(self, part: Tensor, group: Group) -> None:
@@ -164,12 +164,8 @@ class Partial:
     def whole(self) -> Tensor:
         return self.group.all_reduce(self.part)
 
-    def __add__(self, other: Tensor | Partial) -> Tensor | Partial:
-        if isinstance(other, Partial):
-            return Partial(self.part + other.part, self.group)
-        return self.whole() + other
-
-    __radd__ = __add__
+    def __radd__(self, other: Tensor) -> Tensor:
+        return other + self.whole()
 
 
 class ProcessGroup(Group):

@@ -67,9 +67,11 @@ def test_a_divided_model_computes_the_same(name: str, made: Any) -> None:
                     assert float((mine[row] - expected).abs().max()) <= tolerance * float(expected.std()), (size, dtype)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "fp8"])
-def test_quantised_weights_are_those_of_the_whole(quantization: str, made: Any) -> None:
-    checkpoint = made("llama-6-heads")
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("llama-6-heads", "int8"), ("llama-6-heads", "fp8"), ("gptj", "int8")]
+)
+def test_quantised_weights_are_those_of_the_whole(name: str, quantization: str, made: Any) -> None:
+    checkpoint = made(name)
     options: Any = {"dtype": torch.float64, "quantization": quantization}
     whole = logits(checkpoint, Group(), **options)
     for size in (2, 3):
@@ -98,7 +100,7 @@ def test_a_rank_reads_only_its_part(made: Any, monkeypatch: pytest.MonkeyPatch) 
         original(stored, offset, view)
 
     monkeypatch.setattr(files, "_read_bytes", count)
-    for name in ("llama-gqa", "gpt2", "neox"):
+    for name in ("llama-gqa", "gpt2", "neox", "gptj"):
         checkpoint = made(name)
         read = 0
         checkpoint.load()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flover.engine.cuda_graph import ROWS, TOKENS, Shape, decode_shape, mixed_shape
+from flover.engine.cuda_graph import MIXED_ROWS, ROWS, TOKENS, Shape, StepGraphs, decode_shape, mixed_shape
 from flover.engine.staging import sections
 from flover.kernels.triton.attention import SHARE_UNIT, decode_shares, num_shares, prefill_tiles
 
@@ -45,6 +48,20 @@ def test_shares_are_the_keys_of_all_entries(lens: list[int], kv_heads: int) -> N
     assert shares == [(entry, number) for entry, n in enumerate(lens) for number in range(-(-n // keys))]
     smaller = int(keys) - SHARE_UNIT
     assert not smaller or sum(-(-n // smaller) for n in lens) > num_shares(len(lens), kv_heads)
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 32, 33, 100, 256, 600])
+def test_what_is_captured_at_start(max_rows: int) -> None:
+    """Every step of decode alone, and of one prefill beside as many rows as decode in MIXED_ROWS; each shape once."""
+    graphs: Any = object.__new__(StepGraphs)
+    graphs._steps = SimpleNamespace(max_rows=max_rows, batch_invariant=False, tile_queries=128)
+    graphs._rows, graphs._max_tokens = range(2 * max_rows + 64), 2 * (2048 + max_rows)
+    likely = list(graphs._likely())
+    assert len(likely) == len(set(likely))
+    rows = min(max_rows, MIXED_ROWS[-1])
+    steps = [Shape(d + n, d, 1, 1) for d in range(1, rows + 1) for n in (1, 17, 100, 1000)]
+    steps += [Shape(d, d, 0, 0) for d in range(1, min(max_rows, ROWS[-1]) + 1)]
+    assert {graphs.fit(step) for step in steps} <= set(likely)
 
 
 def test_few_shapes_serve_every_step() -> None:

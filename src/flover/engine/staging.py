@@ -47,14 +47,9 @@ class Staging:
     """num_buffers: steps that may be in flight, and one more. scratch_row: the sampler's, where padding draws."""
 
     def __init__(self, capacity: int, num_buffers: int, scratch_row: int, device: torch.device) -> None:
-        self._padding = {
-            **TOKEN_PARTS,
-            **ENTRY_PARTS,
-            **TILE_PARTS,
-            **SHARE_PARTS,
-            "share_keys": 1,
-            "sample_rows": scratch_row,
-        }
+        self._padding = (
+            TOKEN_PARTS | ENTRY_PARTS | TILE_PARTS | SHARE_PARTS | {"share_keys": 1, "sample_rows": scratch_row}
+        )
         self.device_buffer = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._pinned = [torch.zeros(capacity, dtype=torch.int32, pin_memory=True) for _ in range(num_buffers)]
         self._events = [torch.cuda.Event() for _ in range(num_buffers)]  # type: ignore[no-untyped-call]

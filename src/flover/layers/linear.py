@@ -76,7 +76,7 @@ class Linear(Layer):
         return QUANTISED[self.quantization.removesuffix("_w8a8")] if self.quantization.endswith("_w8a8") else None
 
     def forward(self, x: Tensor | Tokens, act: Activation | None = None, add: Tensor | None = None) -> Tensor:
-        """act: of the product. add: is added to the product, `[num_tokens, out_features]`."""
+        """act: of the product. add: is added to that, `[num_tokens, out_features]`."""
         out: Tensor
         if self.packed is not None:
             out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.own_bias, "none", [], "")
@@ -206,6 +206,9 @@ class RowLinear(Linear):
         return self.group.largest(super().largest(rows))
 
     def forward(self, x: Tensor | Tokens, add: Tensor | Partial | None = None) -> Tensor | Partial:  # type: ignore[override]
-        """Among ranks a `Partial`: who reads the output takes the sum, most often a norm (`Norm.add`)."""
+        """Among ranks a `Partial`: who reads the output takes the sum, most often a norm (`Norm.add`).
+
+        add: another one's output; parts of two sums are added first, and then it is one sum.
+        """
         product = super().forward(x, add=add.part if isinstance(add, Partial) else add)
         return product if self.group.size == 1 else Partial(product, self.group)

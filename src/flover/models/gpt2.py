@@ -33,7 +33,7 @@ class GPT2Attention(nn.Module):
 
 
 class GPT2MLP(nn.Module):
-    """Two layers around an activation; GPT-J, GPT-NeoX, BLOOM and OPT have the same one."""
+    """Two layers around an activation; GPT-NeoX, BLOOM and OPT have the same one."""
 
     def __init__(self, config: ModelConfig, size: int, activation: str, bias: bool = True) -> None:
         super().__init__()

@@ -18,8 +18,6 @@ from flover.models.gpt2 import GPT2MLP
 
 
 class GPTNeoXAttention(nn.Module):
-    """GPT-J has the same one, without biases."""
-
     def __init__(self, config: ModelConfig, layer: int, bias: bool) -> None:
         super().__init__()
         self.qkv_proj = QKVLinear(config.hidden_size, config.num_heads, config.num_heads, config.head_dim, bias)

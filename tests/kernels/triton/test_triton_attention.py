@@ -48,7 +48,8 @@ class Batch:
         self.q = qkv[:, : heads * head_dim].unflatten(-1, (heads, head_dim))  # a strided view
         self.starts = np.concatenate([[0], np.cumsum(q_lens)])
 
-    def meta(self, num_decode=0, tiles=None):
+    def meta(self, num_decode=0, tiles=None, padding=0):
+        """padding: so many of the decode entries, the last, are in the captured shape and not in the step."""
         queries = tile_queries(self.q.shape[1], self.k.shape[1])
         tile_entry, tile_start = tiles or prefill_tiles(self.q_lens[num_decode:], num_decode, queries)
 
@@ -56,7 +57,8 @@ class Batch:
             return torch.as_tensor(np.asarray(values, dtype=np.int32), device=DEVICE)
 
         kv_heads = self.k.shape[1]
-        share_keys, *shares = decode_shares(self.seq_lens[:num_decode], kv_heads) if num_decode else ([0], [], [])
+        lens = self.seq_lens[: num_decode - padding]
+        share_keys, *shares = decode_shares(lens, kv_heads) if num_decode else ([0], [], [])
         room = num_shares(num_decode, kv_heads)
         entries, numbers = (np.append(s, np.full(room - len(s), fill)) for s, fill in zip(shares, (-1, 0)))
 
@@ -189,7 +191,9 @@ def test_true_shapes_and_graph_replay(heads, kv_heads, head_dim, dtype):
     with torch.cuda.graph(graph):
         out = batch.attend(meta, new, scale=0.1)
     batch.seq_lens = [1, 1, 900, 2500, 100, 0, 17, 3]
-    meta.seq_lens.copy_(torch.tensor(batch.seq_lens))
+    later = batch.meta(8)
+    for name in ("seq_lens", "share_keys", "share_entry", "share_number"):
+        getattr(meta, name).copy_(getattr(later, name))
     for static, values in zip(new, batch.new(), strict=True):
         static.copy_(values)
     graph.replay()

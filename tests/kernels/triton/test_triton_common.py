@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_triton_attention import Batch, attention
+from test_triton_attention import Batch, attention, check
 from triton_device import DEVICE
 
 from flover.kernels.triton import common
@@ -33,6 +33,19 @@ def test_counters_by_device_and_stream(monkeypatch):
 def test_without_streams_there_is_one():
     cpu = torch.device("cpu")
     assert common.arrivals(cpu) is common.arrivals(cpu)
+
+
+def test_a_launch_that_counts_more_units_than_there_are_counters(monkeypatch):
+    """Behind the counters lies other memory."""
+
+    def zeros(size, **options):
+        return torch.full((size + 64,), 5, **options)[:size].zero_()
+
+    batch = Batch([1, 1], [300, 200], 4, 2, 16, torch.float32)
+    monkeypatch.setattr(common, "ARRIVALS", 3)
+    monkeypatch.setattr(common, "_arrivals", {})
+    monkeypatch.setattr(torch, "zeros", zeros)
+    check(batch, torch.float32, num_decode=2, scale=0.3)
 
 
 @pytest.mark.parametrize("wrong", ["transposed", "gaps"])

@@ -82,13 +82,21 @@ def test_what_becomes_of_a_product_is_rounded_as_in_steps_of_its_own(rows, split
     assert torch.equal(forked[:, :fork], launch(End())[:, :fork])
 
 
-def test_two_layers_that_read_the_same_tokens(dtype):
-    x, weight, bias = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((70, 96), (100, 96), (36,)))
+@pytest.mark.parametrize("chosen", [None, Tiling(32, 64, 1, 2, 4)], ids=["cuBLAS", "tiles"])
+def test_what_becomes_of_a_product_is_the_twins_whoever_multiplies(chosen, dtype, monkeypatch):
+    """And of one of two layers that read the same tokens."""
+    monkeypatch.setattr(sys.modules[linear.__module__], "_tiling_for", lambda x, weight: chosen)
+    shapes = (7, 128), (100, 128), (100,), (36,), (7, 100)
+    x, weight, bias, up_bias, add = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in shapes)
+    wide = [t.double() for t in (x, weight, bias, up_bias, add)]
     for invariant in (False, True):
-        got = forked_linear(x.float(), weight.float(), bias.float(), "gelu_new", 64, batch_invariant=invariant)
-        want = reference_ops.forked_linear(x.double(), weight.double(), bias.double(), "gelu_new", 64)
-        for ours, theirs in zip(got, want, strict=True):
-            assert (ours.double() - theirs).norm() / theirs.norm() < 1e-5
+        got = linear(x, weight, bias, act="relu", add=add, batch_invariant=invariant)
+        forked = forked_linear(x, weight, up_bias, "gelu_new", 64, batch_invariant=invariant)
+        want = reference_ops.linear(*wide[:3], act="relu", add=wide[4])
+        wanted = reference_ops.forked_linear(*wide[:2], wide[3], "gelu_new", 64)
+        for ours, theirs in zip((got, *forked), (want, *wanted), strict=True):
+            assert ours.shape == theirs.shape
+            assert (ours.double() - theirs).norm() / theirs.norm() < {torch.float32: 1e-5}.get(dtype, 6e-3)
 
 
 def test_gate_and_up_in_one_launch(dtype):

@@ -47,10 +47,9 @@ def linear(
     add: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """`act(x @ weight.T + bias)` or `x @ weight.T + bias + add`; x `[num_tokens, in]`, weight `[out, in]`."""
+    """`act(x @ weight.T + bias) + add`; x `[num_tokens, in]`, weight `[out, in]`."""
     out = _invariant.tiled_linear(x, weight, bias) if batch_invariant else F.linear(x, weight, bias)
-    if act:
-        return activation(out, act, batch_invariant=batch_invariant)
+    out = activation(out, act, batch_invariant=batch_invariant) if act else out
     return out if add is None else out + add
 
 

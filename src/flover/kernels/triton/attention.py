@@ -66,15 +66,19 @@ def tile_queries(num_heads: int, kv_heads: int, batch_invariant: bool = False) -
     return INVARIANT_TILE if batch_invariant else PREFILL_ROWS // math.gcd(num_heads // kv_heads, 8)
 
 
+def _pieces(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Entry 0 in so many pieces, then entry 1, ...: of each piece its entry, and which of the entry's it is."""
+    entry = np.repeat(np.arange(len(counts)), counts)
+    return entry, np.arange(len(entry)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def prefill_tiles(q_lens: npt.ArrayLike, first_entry: int, queries: int) -> tuple[Ints, Ints]:
     """Tiles of entries first_entry, ..., of so many queries at most: (entry, index of the first query within it).
 
     Those with most keys come first.
     """
-    lens = np.asarray(q_lens, dtype=np.int64)
-    tiles = -(-lens // queries)
-    entry = np.repeat(np.arange(len(lens)), tiles)
-    start = (np.arange(len(entry)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * queries
+    entry, number = _pieces(-(-np.asarray(q_lens, dtype=np.int64) // queries))
+    start = number * queries
     order = np.argsort(-start, kind="stable")
     return (entry + first_entry)[order].astype(np.int32), start[order].astype(np.int32)
 
@@ -84,10 +88,8 @@ def invariant_tiles(q_lens: npt.ArrayLike, seq_lens: npt.ArrayLike) -> tuple[Int
     lens = np.asarray(q_lens, dtype=np.int64)
     first = np.asarray(seq_lens, dtype=np.int64) - lens  # position of the first query
     low = first // INVARIANT_TILE
-    tiles = (first + lens - 1) // INVARIANT_TILE - low + 1
-    entry = np.repeat(np.arange(len(lens)), tiles)
-    number = np.arange(len(entry)) - np.repeat(np.cumsum(tiles) - tiles, tiles) + low[entry]
-    return entry.astype(np.int32), (number * INVARIANT_TILE - first[entry]).astype(np.int32)
+    entry, number = _pieces((first + lens - 1) // INVARIANT_TILE - low + 1)
+    return entry.astype(np.int32), ((low[entry] + number) * INVARIANT_TILE - first[entry]).astype(np.int32)
 
 
 def num_shares(num_decode: int, kv_heads: int) -> int:
@@ -105,11 +107,9 @@ def decode_shares(seq_lens: npt.ArrayLike, kv_heads: int) -> tuple[Ints, Ints, I
     """
     lens = np.asarray(seq_lens, dtype=np.int64)
     room = num_shares(len(lens), kv_heads)
-    units = range(max(int(lens.sum()) // (room * SHARE_UNIT), 1), int(lens.max()) // SHARE_UNIT + 2)
-    keys = SHARE_UNIT * units[bisect_left(units, True, key=lambda n: (-(-lens // (n * SHARE_UNIT))).sum() <= room)]
-    shares = -(-lens // keys)
-    entry = np.repeat(np.arange(len(lens)), shares)
-    number = np.arange(len(entry)) - np.repeat(np.cumsum(shares) - shares, shares)
+    sizes = range(SHARE_UNIT, int(lens.max()) + SHARE_UNIT + 1, SHARE_UNIT)
+    keys = sizes[bisect_left(sizes, True, key=lambda keys: (-(-lens // keys)).sum() <= room)]
+    entry, number = _pieces(-(-lens // keys))
     return np.array([keys], dtype=np.int32), entry.astype(np.int32), number.astype(np.int32)
 
 
@@ -227,7 +227,7 @@ def _launch_decode(
         share_number=meta.share_number,
         part_acc=torch.empty(num_heads * shares * head_dim, dtype=torch.float32, device=q.device),
         part_m=torch.empty(num_heads * shares * 2, dtype=torch.float32, device=q.device),
-        arrived=arrivals(q.device),
+        arrived=arrivals(q.device, n * kv_heads),
         stride_k=k.stride(0),
         stride_v=v.stride(0),
         PAIRS=0 if cos is None else cos.shape[-1],

@@ -50,15 +50,18 @@ ARRIVALS = 1 << 16
 _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def arrivals(device: torch.device) -> Tensor:
-    """`[ARRIVALS]` int32 counters, zero between kernels: a program learns from one whether it is the last of its unit.
+def arrivals(device: torch.device, count: int = 1) -> Tensor:
+    """At least `count` int32 counters, zero between kernels: from one a program learns if it is the last of its unit.
 
+    More than ARRIVALS (decode of thousands of rows) are a launch's own, cleared for it: it takes long anyway.
     Kernels of one stream take turns (under PDL too: none counts before its `grid_wait`), those of two do not, so each
     stream has its own. A CUDA graph keeps the counters of the stream that it was captured on. The runner captures on
     the stream that it replays and launches on, after a first launch there, so nothing else counts in them meanwhile. A
     capture on a stream that never launched gets counters that the graph itself owns and clears: a buffer made here
     during a capture would be cleared by that graph's replays only, and is therefore not kept.
     """
+    if count > ARRIVALS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if (device, stream) not in _arrivals:
         counters = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)

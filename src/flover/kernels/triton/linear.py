@@ -92,7 +92,7 @@ def linear(
     add: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """`act(x @ weight.T + bias)` or `x @ weight.T + bias + add`; x `[num_tokens, in]`, weight `[out, in]`.
+    """`act(x @ weight.T + bias) + add`; x `[num_tokens, in]`, weight `[out, in]`.
 
     batch_invariant: one tiling whatever the number of tokens, which sums in the same order for every row.
     """
@@ -100,8 +100,7 @@ def linear(
     if out is not None:
         return out
     out = _launch_invariant(x, weight, bias) if batch_invariant else _library(x, weight, bias)
-    if act:
-        return activation(out, act)
+    out = activation(out, act) if act else out
     return out if add is None else out + add
 
 

@@ -54,7 +54,7 @@ def _add_bias(sums, bias, n, inside, USED: tl.constexpr, FORK: tl.constexpr):
 def _finished(
     value, add, where, n, inside, DTYPE: tl.constexpr, ACT: tl.constexpr, FORK: tl.constexpr, ADD: tl.constexpr
 ):
-    """The activation of a result, or the sum with `add`; rounded where the separate steps round."""
+    """The activation of a result, and the sum with `add`; rounded where the separate steps round."""
     value = value.to(DTYPE)
     if ACT != "":
         acted = _activate(value.to(tl.float32), ACT).to(DTYPE)
@@ -221,7 +221,7 @@ class Scales(NamedTuple):
 
 
 class End(NamedTuple):
-    """What becomes of a product: act(gate) * up if the weight is gate over up, act(product), or product + add.
+    """What becomes of a product: act(gate) * up if the weight is gate over up, else act(product) + add.
 
     fork: features before the first that `act` is of, and the bias.
     """
@@ -238,6 +238,7 @@ PLAIN = End()
 def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, end: End, scales: Scales | None) -> dict[str, Any]:
     """What both kernels take, by name."""
     N, K = weight.shape
+    assert end.add is None or end.add.is_contiguous()
     dtype, kind = (x.dtype, 0) if scales is None else (scales.dtype, 1 if scales.tokens is None else 2)
     return {
         "x": x,
