@@ -233,6 +233,7 @@ def _launch_decode(
         PAIRS=0 if cos is None else cos.shape[-1],
         INTERLEAVED=interleaved,
         GROUP=max(16, triton.next_power_of_2(num_heads // kv_heads)),
+        SHARE_UNIT=SHARE_UNIT,
         **decode_options(shared["BLOCK_D"], wide, fp8, n * kv_heads, meta.contiguous),
     )
 

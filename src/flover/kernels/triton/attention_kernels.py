@@ -18,11 +18,16 @@ from flover.kernels.triton.rotary import _rotated, _to_cache
 
 
 @triton.jit
-def _share(length, number, share, WINDOW: tl.constexpr):
-    """Keys [begin, end) of a share, and how many shares the entry has."""
+def _share(length, number, share, SHARE_UNIT: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys [begin, end) of a share, and how many shares the entry has.
+
+    A window is divided by as many programs as the whole entry has, as far as there are units of keys for them.
+    """
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
+        programs = tl.maximum(tl.cdiv(length, share), 1)
+        share = tl.maximum(tl.cdiv(tl.cdiv(length - first, programs), SHARE_UNIT), 1) * SHARE_UNIT
     begin = first + number * share
     return begin, tl.minimum(begin + share, length), tl.cdiv(length - first, share)
 
@@ -130,6 +135,7 @@ def decode(
     INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a kv head, padded to 16
+    SHARE_UNIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -153,7 +159,7 @@ def decode(
     entry, number = tl.load(share_entry + share), tl.load(share_number + share)
     length = tl.load(seq_lens + entry, mask=entry >= 0, other=0)
     row = tl.load(rows + entry, mask=entry >= 0, other=0)
-    begin, end, used = _share(length, number, tl.load(share_keys), WINDOW)
+    begin, end, used = _share(length, number, tl.load(share_keys), SHARE_UNIT, WINDOW)
     cache = _entry_cache(k_cache, v_cache, block_table, row, stride_table, head, BLOCK_SIZE)
     if PDL and begin < length:
         _prefetch_tile(cache, begin, tl.minimum(end, length - 1), BLOCK_D, FIXED)
