@@ -32,7 +32,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
-    """A model ready to generate.
+    """A model ready to generate. Threads may share it: what they ask for at the same time is fused.
 
     Args:
         model: built-in name, checkpoint folder or Hugging Face hub id; None is the built-in kjv-llama.
@@ -45,6 +45,7 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self.engine = LLMEngine(engine_config(model, options))
         self._next_id, self._closed = 0, False
+        self._lock = threading.RLock()  # whoever holds it adds, steps and empties its inbox
         self._inboxes: dict[str, dict[str, RequestOutput]] = {}  # request id -> where its stream reads
 
     # ---- generation --------------------------------------------------------------------------------------
@@ -127,30 +128,31 @@ class LLM:
         step = 0
         try:
             while waiting or live:
-                self._need_open()
-                step = step if live else waiting[-1][0]
-                while waiting and waiting[-1][0] <= step:
-                    one = waiting.pop()[2]
-                    self.engine.add(one)
-                    live.add(one.request_id)
-                    self._inboxes[one.request_id] = inbox
-                if not inbox:
-                    step += 1
-                    self._step(final_only)
-                outputs = list(inbox.values())
-                inbox.clear()
-                for output in outputs:
-                    if output.finished:
-                        live.discard(output.request_id)
-                        del self._inboxes[output.request_id]
-                    if output.finished or not final_only:
-                        yield output
+                with self._lock:
+                    self._need_open()
+                    step = step if live else waiting[-1][0]
+                    while waiting and waiting[-1][0] <= step:
+                        one = waiting.pop()[2]
+                        self.engine.add(one)
+                        live.add(one.request_id)
+                        self._inboxes[one.request_id] = inbox
+                    if not inbox:
+                        step += 1
+                        self._step(final_only)
+                    outputs = list(inbox.values())
+                    inbox.clear()
+                    for output in outputs:
+                        if output.finished:
+                            live.discard(output.request_id)
+                            del self._inboxes[output.request_id]
+                yield from (output for output in outputs if output.finished or not final_only)
         finally:
-            for request_id in live:
-                self.engine.abort(request_id)
-                del self._inboxes[request_id]
-            while not (self._closed or self._inboxes) and self.engine.has_unfinished_requests():
-                self._step(final_only=True)
+            with self._lock:
+                for request_id in live:
+                    self.engine.abort(request_id)
+                    del self._inboxes[request_id]
+                while not (self._closed or self._inboxes) and self.engine.has_unfinished_requests():
+                    self._step(final_only=True)
 
     def _step(self, final_only: bool) -> None:
         alone = len({id(inbox) for inbox in self._inboxes.values()}) <= 1
@@ -196,8 +198,9 @@ class LLM:
 
     def close(self) -> None:
         """Stop the engine; using it afterwards is an error."""
-        self._closed = True
-        self.engine.shutdown()
+        with self._lock:
+            self._closed = True
+            self.engine.shutdown()
 
     def __enter__(self) -> LLM:
         return self
@@ -226,12 +229,17 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling_params were given for {len(prompts)} prompts")
         prepared = []
-        for i, (prompt, one) in enumerate(zip(prompts, each)):
-            try:
-                prepared.append(self.engine.prepare(str(self._next_id + i), prompt, one, pooling=pooling))
-            except ValueError as error:
-                raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
-        self._next_id += len(prompts)
+        with self._lock:
+            if others := self.engine.num_requests - len(self._inboxes):
+                raise ValueError(
+                    f"{others} requests of `engine.add_request` have not ended: call `engine.step` until then"
+                )
+            for i, (prompt, one) in enumerate(zip(prompts, each)):
+                try:
+                    prepared.append(self.engine.prepare(str(self._next_id + i), prompt, one, pooling=pooling))
+                except ValueError as error:
+                    raise ValueError(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from None
+            self._next_id += len(prompts)
         return prepared
 
     def _finish(self, prepared: list[Prepared], use_tqdm: bool) -> list[RequestOutput]:

@@ -146,7 +146,7 @@ def _need_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise ValueError('a timeline picture needs matplotlib: pip install "flover[plot]" (a .json needs nothing)')
+        raise ValueError('a timeline picture needs matplotlib: pip install -e ".[plot]" (a .json needs nothing)')
 
 
 def check_timeline_path(path: str | Path) -> None:

@@ -149,5 +149,5 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     from flover.cluster import ray
 
     monkeypatch.setattr(ray, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "flover\[ray\]"'):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[ray\]"'):
         ray.need_ray()

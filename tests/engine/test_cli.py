@@ -163,6 +163,13 @@ def test_other_prompt_in_output_file_is_refused(tmp_path: Path) -> None:
         OutputFile(target, jobs)
 
 
+def test_lines_without_an_id_get_one_that_no_other_has(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "id": 1}, {"prompt": "b"}, {"prompt": "c"}, {"prompt": "d", "id": "1_"}]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [job.request_id for job in read_jobs(path)] == ["1", "1__", "2", "1_"]
+
+
 BAD_LINES: list[tuple[Any, str]] = [
     ("{", "in.jsonl:2: "),
     ("[1]", "in.jsonl:2: a line must be a JSON object, got [1]"),

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -425,6 +426,36 @@ def test_sampling_defaults(llm: LLM, tmp_path: Path) -> None:
     assert defaults('{"temperature": 0.6}', generation_config="none") == SamplingParams()
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be"):
         defaults('{"top_p": 7}')
+
+
+def test_threads_may_share_an_llm(llm: LLM) -> None:
+    params, prompts = (
+        SamplingParams(max_tokens=12, temperature=0, ignore_eos=True),
+        [f"King {i} said" for i in range(4)],
+    )
+    alone = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            together = pool.map(lambda prompt: llm.generate(prompt, params)[0], prompts)
+            assert [output.outputs[0].token_ids for output in together] == alone
+
+
+def test_requests_of_the_engine_itself_are_not_lost(llm: LLM) -> None:
+    llm.engine.add_request("mine", PROMPT, GREEDY)
+    with pytest.raises(ValueError, match="1 requests of `engine.add_request` have not ended"):
+        llm.generate(PROMPT, GREEDY)
+    finished: list[str] = []
+    while llm.engine.has_unfinished_requests():
+        finished += [output.request_id for output in llm.engine.step() if output.finished]
+    assert finished == ["mine"]
+
+
+def test_an_engine_that_is_shut_down_says_so() -> None:
+    engine = LLMEngine(EngineConfig(device="cpu"))
+    engine.shutdown()
+    for call in (lambda: engine.add_request("a", "hi"), engine.step):
+        with pytest.raises(ValueError, match="this engine is shut down"):
+            call()
 
 
 def test_streams_may_be_interleaved(llm: LLM, greedy: RequestOutput) -> None:

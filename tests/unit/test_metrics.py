@@ -80,7 +80,7 @@ def test_bad_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         check_timeline_path(tmp_path / "no" / "t.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install \"flover\[plot\]\""):
+    with pytest.raises(ValueError, match=r"pip install -e \"\.\[plot\]\""):
         check_timeline_path(tmp_path / "t.png")
     check_timeline_path(tmp_path / "t.json")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 
@@ -48,3 +50,13 @@ def test_process_age() -> None:
     time.sleep(0.1)
     assert 0.05 < process_age() - one < 5
     assert one > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "20000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "")]
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_how(given: dict[str, str], spins: str) -> None:
+    usual = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os, flover; print(os.environ.get('GOMP_SPINCOUNT', ''))"
+    done = subprocess.run([sys.executable, "-c", code], env=usual | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == spins

@@ -161,7 +161,7 @@ class OpenAISystem:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{name} needs a URL such as openai:http://localhost:8000")
         if find_spec("aiohttp") is None:
-            raise SystemMissing(f'{name} needs aiohttp: pip install "flover[bench]"')
+            raise SystemMissing(f'{name} needs aiohttp: pip install -e ".[bench]"')
         from flover.bench.client import Endpoint, first_model
 
         base = url.rstrip("/").removesuffix("/v1")

@@ -133,7 +133,7 @@ def run_figures(
 def draw_figures(output: Path, figures: Sequence[str], say: Callable[[str], None]) -> None:
     """The pictures of the figures that are in the folder, of their JSON alone; with 4a the headline too."""
     if find_spec("matplotlib") is None:
-        say('no pictures, only JSON: matplotlib is missing (pip install "flover[plot]"); --draw makes them later')
+        say('no pictures, only JSON: matplotlib is missing (pip install -e ".[plot]"); --draw makes them later')
         return
     for name in figures or FIGURES:
         data = _read(output / f"{name}.json")

@@ -100,7 +100,7 @@ def run_serve_bench(bench: ServeBench, load: Load, path: Path | None) -> int:
         ValueError: an impossible option, a server that does not answer, or refuses the first request.
     """
     if find_spec("aiohttp") is None:
-        raise ValueError('bench serve needs aiohttp: pip install "flover[bench]"')
+        raise ValueError('bench serve needs aiohttp: pip install -e ".[bench]"')
     from flover.bench.client import drive
 
     goals, metrics, percentiles = parse_goals(bench.goodput), bench.metrics(), bench.percentiles()

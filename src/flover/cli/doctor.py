@@ -16,7 +16,7 @@ from rich.text import Text
 from flover.config import human
 
 NEEDED = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "msgspec", "typer", "rich")
-OPTIONAL = {"matplotlib": 'pip install "flover[plot]" for --timeline pictures'}
+OPTIONAL = {"matplotlib": 'pip install -e ".[plot]" for --timeline pictures'}
 MIN_PYTHON, MIN_TORCH = (3, 10), (2, 9)
 STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 

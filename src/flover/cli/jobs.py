@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,19 @@ def read_jobs(path: Path) -> list[Job]:
             raise ValueError(f"{where}{error}") from None
         if job.request_id in seen:
             raise ValueError(f"{where}id {job.request_id!r} is that of line {seen[job.request_id]} already")
-        seen[job.request_id] = number
+        if job.request_id:
+            seen[job.request_id] = number
         jobs.append(job)
     if not jobs:
         raise ValueError(f"{path} holds no prompt")
-    return jobs
+    return [job if job.request_id else replace(job, request_id=_free(str(job.index), seen)) for job in jobs]
+
+
+def _free(name: str, taken: Mapping[str, int]) -> str:
+    """The id of a line that gives none."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -97,8 +105,8 @@ def _job(index: int, entry: Any, where: str) -> Job:
         raise ValueError(f"sampling_params must be an object, got {sampling!r}")
     if isinstance(arrival, bool) or not isinstance(arrival, int) or arrival < 0:
         raise ValueError(f"arrival_step must be an integer of at least 0, got {arrival!r}")
-    request_id = entry.get("id", str(index))
-    if isinstance(request_id, bool) or not isinstance(request_id, (str, int)) or request_id == "":
+    request_id = entry.get("id", "")
+    if isinstance(request_id, bool) or not isinstance(request_id, (str, int)) or ("id" in entry and request_id == ""):
         raise ValueError(f"id must be a non-empty string, got {request_id!r}")
     return Job(index, str(request_id), prompt, sampling, arrival, where)
 

@@ -65,4 +65,4 @@ def need_packages() -> None:
     """ValueError if a package of the server is not installed."""
     for package in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
         if find_spec(package) is None:
-            raise ValueError(f'the server needs {package}: pip install "flover[server]"')
+            raise ValueError(f'the server needs {package}: pip install -e ".[server]"')

@@ -66,7 +66,7 @@ def run_batch_ray(
         try:
             from ray.data import ActorPoolStrategy
         except ImportError as error:
-            raise ValueError(f'Ray Data needs {error.name}: pip install "flover[ray]"') from None
+            raise ValueError(f'Ray Data needs {error.name}: pip install -e ".[ray]"') from None
         gpus = ranks if ray.cluster_resources().get("GPU") else 0
         check_room(engines, cpus, gpus)
         blocks = _blocks(input, engines)

@@ -66,7 +66,7 @@ class ClusterConfig:
 def need_ray() -> None:
     """ValueError if the extra is not installed."""
     if find_spec("ray") is None:
-        raise ValueError('replicas and clusters need Ray: pip install "flover[ray]"')
+        raise ValueError('replicas and clusters need Ray: pip install -e ".[ray]"')
 
 
 @contextlib.contextmanager

@@ -26,12 +26,17 @@ GENERATION_DEFAULTS = {
 
 
 def engine_config(model: str | None, options: Mapping[str, Any]) -> EngineConfig:
-    """The settings of `LLM(model, **options)`; ValueError names an unknown option and the nearest known one."""
+    """The settings of `LLM(model, **options)`, where None is an option's default.
+
+    Raises:
+        ValueError: an unknown option; names the nearest known one.
+    """
     known = {f.name for f in fields(EngineConfig)}
     for name in options:
         if name not in known:
             raise ValueError(f"unknown option {name!r}{nearest(name, known)}")
-    return EngineConfig(**options) if model is None else EngineConfig(**{**options, "model": str(model)})
+    given = {name: value for name, value in options.items() if value is not None}
+    return EngineConfig(**given) if model is None else EngineConfig(**{**given, "model": str(model)})
 
 
 def default_sampling_params(engine: LLMEngine) -> SamplingParams:

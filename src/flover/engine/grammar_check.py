@@ -42,7 +42,7 @@ class GrammarChecker:
         ValueError: llguidance is missing, or it refuses the grammar, or compiling it takes too much.
         """
         if find_spec("llguidance") is None:
-            raise ValueError('structured_outputs needs llguidance: pip install "flover[structured]"')
+            raise ValueError('structured_outputs needs llguidance: pip install -e ".[structured]"')
         with self._lock:
             error = self._known.pop(grammar, None)
             if error is None:

@@ -146,7 +146,7 @@ class LLMEngine:
         self.last_stats: StepStats | None = None
         self.num_steps = 0
         self.num_row_steps = 0  # running rows, summed over the steps
-        self._record = config.record_timeline
+        self._record, self._closed = config.record_timeline, False
         self._inputs = InputProcessor(self.core.resolved, self.tokenizer, self.folder)
         self._prompts: dict[str, Prepared] = {}
         self._choices: dict[str, tuple[Prepared, Choice]] = {}  # by the core's request id
@@ -192,7 +192,8 @@ class LLMEngine:
         return Prepared(request_id, text, list(requests[0].token_ids), choices)
 
     def add(self, prepared: Prepared) -> None:
-        """Queue what `prepare` made; ValueError if its id is live."""
+        """Queue what `prepare` made; ValueError if its id is live, or after `shutdown`."""
+        self._need_open()
         for choice in prepared.choices:
             request_id = choice.request.request_id
             if request_id in self._prompts or request_id in self._choices:
@@ -216,6 +217,7 @@ class LLMEngine:
         Args:
             final_only: only of prompts whose every choice has ended; text is then made as late as stop strings allow.
         """
+        self._need_open()
         output = self.core.step()
         self.last_stats = output.stats
         if output.stats is not None:
@@ -245,8 +247,13 @@ class LLMEngine:
 
     def shutdown(self) -> None:
         """Stop the core; what is in flight is dropped."""
+        self._closed = True
         self._inputs.close()
         self.core.shutdown()
+
+    def _need_open(self) -> None:
+        if self._closed:
+            raise ValueError("this engine is shut down")
 
     def _count(self, stats: StepStats) -> None:
         if stats.num_prefill_tokens or stats.num_decode_tokens:

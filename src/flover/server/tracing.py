@@ -17,7 +17,7 @@ def check_tracing() -> None:
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise ValueError(f'otlp_traces_endpoint needs {name}: pip install "flover[otel]"')
+            raise ValueError(f'otlp_traces_endpoint needs {name}: pip install -e ".[otel]"')
 
 
 class Tracing:
