@@ -129,6 +129,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_loses_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     keep = Pieces.keep
 
@@ -237,6 +238,7 @@ def test_what_does_not_fit_is_a_gap_before_it_is_loaded(tmp_path: Path, monkeypa
         assert "only 100 GiB is free" in json.dumps(data["gaps"]), name
 
 
+@pytest.mark.slow
 def test_a_system_that_is_absent_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = servers.make_system
 

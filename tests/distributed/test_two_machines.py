@@ -117,6 +117,7 @@ def tokens(path: Path) -> list[list[int]]:
     return [choice["token_ids"] for row in sorted(rows, key=lambda row: row["index"]) for choice in row["outputs"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["-tp", pytest.param("-pp", marks=pytest.mark.slow)])
 def test_the_same_tokens_across_machines(kind: str, machines: Machines, tmp_path: Path) -> None:
     """Also over a slow link, where the kernel can delay one."""
@@ -135,6 +136,7 @@ def test_the_same_tokens_across_machines(kind: str, machines: Machines, tmp_path
     assert tokens(across) == tokens(alone)
 
 
+@pytest.mark.slow
 def test_a_cut_ends_every_request(machines: Machines) -> None:
     processes = [machines.rank(0, LONG_RUN), machines.rank(1, SERVE_RANK_0)]
     assert processes[0].stdout.readline() == "up\n", finish(processes, 1)

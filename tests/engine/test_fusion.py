@@ -50,7 +50,7 @@ def check_traces(echo: Path, seed: int, choices: list[dict[str, Any]], count: in
         core.shutdown()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), choices=st.lists(options, min_size=5, max_size=5))
 def test_tokens_do_not_depend_on_fusion(echo: Path, seed: int, choices: list[dict[str, Any]]) -> None:
     check_traces(echo, seed, choices)

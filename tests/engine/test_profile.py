@@ -173,6 +173,7 @@ def test_command_mistakes(
 # ---- benchmarks/gpu.py -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_every_part_runs(benchmark: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "tiny.json"

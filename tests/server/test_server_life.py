@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 from serving import CODE, Server, serve
 
 KEY = "open-sesame"
@@ -60,6 +61,7 @@ def test_sigterm_lets_streams_finish() -> None:
         assert server.process.wait(timeout=5) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_and_a_timeout_abort() -> None:
     for options, number, signals, code in (
         ((), signal.SIGINT, 2, 130),
@@ -145,6 +147,7 @@ def test_an_engine_that_keeps_dying_is_given_up() -> None:
         assert "killed by SIGKILL" in server.process.stderr.read().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_not_ready_and_is_started_again() -> None:
     with keyed("--engine-iteration-timeout", "2") as server:
         engine = server.engine
@@ -169,6 +172,7 @@ def test_an_engine_that_hangs_is_not_ready_and_is_started_again() -> None:
         assert "Thread 0x" in server.process.stderr.read()  # the stacks of the engine that hung
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_0_ends_its_group_in_time() -> None:
     with keyed("-tp", "2") as server:
         with server.http.stream("POST", "/v1/completions", json=LONG) as response:
@@ -269,6 +273,7 @@ def test_no_process_outlives_the_supervisor() -> None:
         assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
+@pytest.mark.slow
 def test_interrupts_while_it_starts_leave_no_traceback() -> None:
     for delay in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
         command = [sys.executable, "-m", "flover", "serve", "--port", "0", "--device", "cpu"]

@@ -133,6 +133,7 @@ def test_an_unknown_parser_is_refused_at_the_start(capfd: pytest.CaptureFixture[
     assert "hermes, llama3_json, mistral" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_references_of_a_function_are_its_own(client: openai.OpenAI) -> None:
     shape = {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"], "additionalProperties": False}
     child = {"type": "array", "items": {"$ref": "#"}, "minItems": 1, "maxItems": 1}
