@@ -230,7 +230,7 @@ class LLM:
             raise ValueError(f"{len(each)} sampling_params were given for {len(prompts)} prompts")
         prepared = []
         with self._lock:
-            if others := self.engine.num_requests - len(self._inboxes):
+            if (others := self.engine.num_requests - len(self._inboxes)) > 0:
                 raise ValueError(
                     f"{others} requests of `engine.add_request` have not ended: call `engine.step` until then"
                 )
