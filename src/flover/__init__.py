@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads spin between two products, but not for long: beside another
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # busy process a token would take 20 times as long, now 4 times
+if "OMP_WAIT_POLICY" not in os.environ:  # torch's threads spin between two products; where others want the cores too,
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # that is what a step waits for (docs/operations.md)
 
 TYPE_CHECKING = False  # as typing's, without importing it: until `flover` has begun, Ctrl-C is a traceback
 __version__ = "0.1.0"
