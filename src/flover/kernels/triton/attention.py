@@ -25,8 +25,9 @@ from flover.kernels.triton.rotary import rotary_store
 
 PREFILL_ROWS = 128  # of a program's tile: a query and a head each
 INVARIANT_TILE = 16  # queries of one program, batch-invariant: tiles begin at multiples of it in absolute positions
-PROGRAMS = 528  # that a decode launch aims at: four for each multiprocessor of an H100 or H200
-MAX_SHARES = 32  # of one entry, where there are so many
+PROGRAMS = 528  # of decode, side by side: four on each multiprocessor of an H100 or H200
+FILL = 845  # programs among which many entries are divided: four fifths of the small ones that lie side by side
+MAX_SHARES = 32  # of one entry
 SHARE_UNIT = 64  # keys that are worth a program of their own
 
 Ints = npt.NDArray[np.int32]
@@ -92,25 +93,38 @@ def invariant_tiles(q_lens: npt.ArrayLike, seq_lens: npt.ArrayLike) -> tuple[Int
     return entry.astype(np.int32), ((low[entry] + number) * INVARIANT_TILE - first[entry]).astype(np.int32)
 
 
+def _many(num_decode: int, kv_heads: int) -> bool:
+    """Whether the entries alone fill the GPU."""
+    return num_decode * kv_heads >= PROGRAMS
+
+
 def num_shares(num_decode: int, kv_heads: int) -> int:
     """Shares that a decode launch of so many entries has room for: what fills the GPU, and some for long entries."""
-    fill = PROGRAMS // kv_heads
-    return max(min(fill, MAX_SHARES * num_decode), num_decode + min(num_decode // 2, 2 * fill))
+    if _many(num_decode, kv_heads):
+        return num_decode + -(-FILL // kv_heads)
+    return max(min(PROGRAMS // kv_heads, MAX_SHARES * num_decode), num_decode + num_decode // 4)
 
 
 def decode_shares(seq_lens: npt.ArrayLike, kv_heads: int) -> tuple[Ints, Ints, Ints]:
-    """Divide the keys of all decode entries evenly, so that no program has a long entry to itself.
+    """Divide the keys of decode entries so that no program has much more than its part of them all.
 
-    A share is the smallest multiple of SHARE_UNIT with which there are at most `num_shares`.
+    Of few entries a share is the smallest multiple of SHARE_UNIT with which there are at most `num_shares`. Of many it
+    is a FILL-th of all keys, so that rows up to a quarter longer than the mean stay whole. Shares of the longest entries
+    come first: programs start in this order, and small ones fill what large ones leave.
 
-    Returns: keys of a share, `[1]`; of each share its entry, and which of the entry's shares it is.
+    Returns: keys of a share at most, `[1]`; of each share its entry, and which of the entry's shares it is.
     """
     lens = np.asarray(seq_lens, dtype=np.int64)
-    room = num_shares(len(lens), kv_heads)
-    sizes = range(SHARE_UNIT, int(lens.max()) + SHARE_UNIT + 1, SHARE_UNIT)
-    keys = sizes[bisect_left(sizes, True, key=lambda keys: (-(-lens // keys)).sum() <= room)]
-    entry, number = _pieces(-(-lens // keys))
-    return np.array([keys], dtype=np.int32), entry.astype(np.int32), number.astype(np.int32)
+    longest = int(lens.max(initial=1))
+    if _many(len(lens), kv_heads):
+        part = max(lens.sum() * kv_heads / FILL, longest / MAX_SHARES)
+        keys = math.ceil(part / SHARE_UNIT) * SHARE_UNIT
+    else:
+        room, sizes = num_shares(len(lens), kv_heads), range(SHARE_UNIT, longest + SHARE_UNIT + 1, SHARE_UNIT)
+        keys = sizes[bisect_left(sizes, True, key=lambda keys: (-(-lens // keys)).sum() <= room)]
+    order = np.argsort(-lens, kind="stable")
+    entry, number = _pieces(-(-lens[order] // keys))
+    return np.array([keys], dtype=np.int32), order[entry].astype(np.int32), number.astype(np.int32)
 
 
 def decode_options(block_d: int, wide: bool, fp8: bool, programs: int, contiguous: bool) -> dict[str, int]:
@@ -120,14 +134,17 @@ def decode_options(block_d: int, wide: bool, fp8: bool, programs: int, contiguou
     contiguous: a slab, where every stage holds keys; with blocks one looks up the table. So large programs have one
     less, and as many of them fit.
     """
-    if fp8 and not wide and block_d <= 128:
-        few = {"num_warps": 4}
-        many = {"num_warps": 2, "maxnreg": 168}  # six to a multiprocessor
-        return {"BLOCK_N": 64, "num_stages": 3, **(many if programs >= PROGRAMS else few)}
-    if not wide and block_d <= 128 and programs >= PROGRAMS:
-        return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
     stages = 2 if wide or contiguous else 3
-    return {"BLOCK_N": 32 if wide or block_d > 128 else 64, "num_warps": 4, "num_stages": stages}
+    if programs <= 16 and not wide:
+        return {"BLOCK_N": 64, "num_warps": 8, "num_stages": stages}
+    if wide or block_d > 128:
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
+    if fp8:
+        many = {"num_warps": 2, "maxnreg": 168}  # six to a multiprocessor
+        return {"BLOCK_N": 64, "num_stages": 3, **(many if programs >= PROGRAMS else {"num_warps": 4})}
+    if programs >= PROGRAMS:
+        return {"BLOCK_N": 32, "num_warps": 1, "num_stages": 3}
+    return {"BLOCK_N": 64, "num_warps": 4, "num_stages": stages}
 
 
 def prefill_options(block_d: int, wide: bool, batch_invariant: bool, contiguous: bool) -> dict[str, int]:
@@ -232,8 +249,9 @@ def _launch_decode(
         stride_v=v.stride(0),
         PAIRS=0 if cos is None else cos.shape[-1],
         INTERLEAVED=interleaved,
-        GROUP=max(16, triton.next_power_of_2(num_heads // kv_heads)),
+        GROUP=triton.next_power_of_2(num_heads // kv_heads),
         SHARE_UNIT=SHARE_UNIT,
+        EVEN=not _many(n, kv_heads),  # of many, small shares fill what large ones leave
         **decode_options(shared["BLOCK_D"], wide, fp8, n * kv_heads, meta.contiguous),
     )
 

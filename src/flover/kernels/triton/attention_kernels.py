@@ -18,14 +18,16 @@ from flover.kernels.triton.rotary import _rotated, _to_cache
 
 
 @triton.jit
-def _share(length, number, share, SHARE_UNIT: tl.constexpr, WINDOW: tl.constexpr):
+def _share(length, number, share, SHARE_UNIT: tl.constexpr, WINDOW: tl.constexpr, EVEN: tl.constexpr):
     """Keys [begin, end) of a share, and how many shares the entry has.
 
-    A window is divided by as many programs as the whole entry has, as far as there are units of keys for them.
+    EVEN: all of an entry are of one size, as far as there are units; else all but the last are as large as allowed. A
+    window is divided by as many programs as the whole entry has.
     """
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0)
+    if EVEN or WINDOW > 0:
         programs = tl.maximum(tl.cdiv(length, share), 1)
         share = tl.maximum(tl.cdiv(tl.cdiv(length - first, programs), SHARE_UNIT), 1) * SHARE_UNIT
     begin = first + number * share
@@ -65,25 +67,47 @@ def _newest(q, k, v, position, counts, score, FIXED: tl.constexpr):
 
 
 @triton.jit
-def _merged(part_acc, part_m, first, used, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """total and acc of the shares first, first + 1, ...: in order, so that the result is always the same."""
-    real = h < group
+def _part(part_acc, part_m, first, i, used, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The state that share i of an entry left; behind the last one that is used, a state that changes nothing."""
+    part = first + i
+    real = h < tl.where(i < used, group, 0)
+    m = tl.load(part_m + part * 2 * group + h, mask=real, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(part_m + (part * 2 + 1) * group + h, mask=real, other=0.0, cache_modifier=".cg")
+    where = (part * group + h[:, None]) * HEAD_DIM + d[None, :]
     mask = real[:, None] & (d < HEAD_DIM)[None, :]
-    m = tl.full(h.shape, float("-inf"), tl.float32)
-    total = tl.zeros(h.shape, tl.float32)
-    acc = tl.zeros(mask.shape, tl.float32)
-    for i in range(used):
-        part = first + i
-        m_i = tl.load(part_m + part * 2 * group + h, mask=real, other=0.0, cache_modifier=".cg")
-        total_i = tl.load(part_m + (part * 2 + 1) * group + h, mask=real, other=1.0, cache_modifier=".cg")
-        where = (part * group + h[:, None]) * HEAD_DIM + d[None, :]
-        acc_i = tl.load(part_acc + where, mask=mask, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(m, m_i)
-        a, b = tl.exp2(m - higher), tl.exp2(m_i - higher)
-        total = total * a + total_i * b
-        acc = acc * a[:, None] + acc_i * b[:, None]
-        m = higher
+    return m, total, tl.load(part_acc + where, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _with(m, total, acc, m_i, total_i, acc_i):
+    higher = tl.maximum(m, m_i)
+    a, b = tl.exp2(m - higher), tl.exp2(m_i - higher)
+    return higher, total * a + total_i * b, acc * a[:, None] + acc_i * b[:, None]
+
+
+@triton.jit
+def _merged(part_acc, part_m, first, used, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """total and acc of the shares first, first + 1, ...: in order, so that the result is always the same.
+
+    Three at a time are on their way, or each would wait for the memory in turn.
+    """
+    m, total, acc = _part(part_acc, part_m, first, 0, used, h, d, group, HEAD_DIM)
+    for i in range(1, used, 3):
+        m1, total1, acc1 = _part(part_acc, part_m, first, i, used, h, d, group, HEAD_DIM)
+        m2, total2, acc2 = _part(part_acc, part_m, first, i + 1, used, h, d, group, HEAD_DIM)
+        m3, total3, acc3 = _part(part_acc, part_m, first, i + 2, used, h, d, group, HEAD_DIM)
+        m, total, acc = _with(m, total, acc, m1, total1, acc1)
+        m, total, acc = _with(m, total, acc, m2, total2, acc2)
+        m, total, acc = _with(m, total, acc, m3, total3, acc3)
     return total, acc
+
+
+@triton.jit
+def _store_heads(out, result, first_head, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
+    total, acc = result
+    mask = (h < group)[:, None] & (d < HEAD_DIM)[None, :]
+    where = (first_head + h[:, None]) * HEAD_DIM + d[None, :]
+    tl.store(out + where, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -134,8 +158,9 @@ def decode(
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads of a kv head, padded to 16
+    GROUP: tl.constexpr,  # query heads of a kv head, padded to a power of two
     SHARE_UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -159,13 +184,13 @@ def decode(
     entry, number = tl.load(share_entry + share), tl.load(share_number + share)
     length = tl.load(seq_lens + entry, mask=entry >= 0, other=0)
     row = tl.load(rows + entry, mask=entry >= 0, other=0)
-    begin, end, used = _share(length, number, tl.load(share_keys), SHARE_UNIT, WINDOW)
+    begin, end, used = _share(length, number, tl.load(share_keys), SHARE_UNIT, WINDOW, EVEN)
     cache = _entry_cache(k_cache, v_cache, block_table, row, stride_table, head, BLOCK_SIZE)
     if PDL and begin < length:
         _prefetch_tile(cache, begin, tl.minimum(end, length - 1), BLOCK_D, FIXED)
     grid_wait(PDL)
     if begin < length:
-        h = tl.arange(0, GROUP)
+        h = tl.arange(0, GROUP if GROUP > 16 else 16)  # the least that the matrix unit takes
         d = tl.arange(0, BLOCK_D)
         real = h < group
         inside = d < HEAD_DIM
@@ -194,9 +219,9 @@ def decode(
         q_pos = h  # not read: the one query sees every key
         old = tl.minimum(end, length - 1)
         m, total, acc = _attend(state, q_tile, q_pos, cache, score, begin, old, FIXED, EDGE=True, MASKED=False)
-        o = out + (token * NUM_HEADS + q_head[:, None]) * HEAD_DIM + d[None, :]
+        first_head = token * NUM_HEADS + head * group
         if used == 1:
-            tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+            _store_heads(out, (total, acc), first_head, h, d, group, HEAD_DIM)
         else:  # only real heads go through memory
             unit = token * KV_HEADS + head
             part = (head * tl.num_programs(1) + share).to(tl.int64)
@@ -205,8 +230,9 @@ def decode(
             tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
             tl.debug_barrier()
             if tl.atomic_add(arrived + unit, 1, sem="acq_rel") == used - 1:
-                total, acc = _merged(part_acc, part_m, part - number, used, h, d, group, HEAD_DIM)
-                tl.store(o, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+                g = tl.arange(0, GROUP)
+                result = _merged(part_acc, part_m, part - number, used, g, d, group, HEAD_DIM)
+                _store_heads(out, result, first_head, g, d, group, HEAD_DIM)
                 tl.store(arrived + unit, 0)
 
 
