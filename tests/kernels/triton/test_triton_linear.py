@@ -120,9 +120,10 @@ def test_gate_and_up_of_any_depth_that_is_cut(k, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str)
-@pytest.mark.parametrize(("rows", "features"), [(65, 112), (128, 64), (33, 80), (64, 144)])
-def test_gate_and_up_in_tiles_that_are_no_power_of_two(rows, features, dtype):
-    """Rows and features end within a tile, and rows of x lie apart."""
+@pytest.mark.parametrize(("rows", "features"), [(65, 112), (128, 64), (33, 80), (64, 144), (600, 128)])
+def test_gate_and_up_in_tiles_that_are_no_power_of_two(rows, features, dtype, monkeypatch):
+    """Rows and features end within a tile, the last group of tiles is short, and rows of x lie apart."""
+    monkeypatch.setattr(wide, "GROUP", 2)
     x = torch.randn(rows, 200, device=DEVICE).to(dtype)[:, :192]
     weight = torch.randn(2 * 216, 192, device=DEVICE).to(dtype)
     for name in ("silu", "gelu"):
@@ -146,6 +147,8 @@ def test_all_programs_of_gate_and_up_run_at_once(num_sms):
     assert wide.cut(96, 28672, 132, shared) is None  # too many features for one program
     assert wide.cut(96, 11008, 148, shared) is None  # 80 features a program
     assert wide.cut(96, 14336, 132, 101376) is None
+    assert wide.cut(5000, 14336, 132, shared) == wide.cut(900, 1024, 132, shared) == (128, 3)
+    assert wide.cut(899, 14336, 132, shared) is wide.cut(5000, 14336, 132, 101376) is None
 
 
 def test_which_gate_and_up_are_one_launch(monkeypatch):
@@ -164,9 +167,10 @@ def test_which_gate_and_up_are_one_launch(monkeypatch):
     def tokens(rows, k=4096, dtype=torch.bfloat16, apart=0, off=0):
         return torch.empty(rows * (k + apart) + off, dtype=dtype)[off:].view(rows, -1)[:, :k]
 
-    for rows in (33, 96, 128):
+    for rows in (33, 96, 128, 900, 5000):
         assert launches(tokens(rows)) == launches(tokens(rows, apart=8)) == launches(tokens(rows, off=8)) == "one"
     assert launches(tokens(96, apart=4)) == launches(tokens(96, off=4)) == launches(tokens(129)) == "two"
+    assert launches(tokens(899)) == "two"
     assert launches(tokens(96, dtype=torch.float32)) == launches(tokens(96, 4160), 4160) == "two"
     assert launches(tokens(96), bias=tokens(1)) == launches(tokens(96), batch_invariant=True) == "two"
     monkeypatch.setattr(wide, "launch_options", lambda device: {"PDL": False})
@@ -192,6 +196,8 @@ def test_every_tiling_divides_its_shape():
     assert tiling(8, 5120, 5120, 132) is None  # no three equal parts of whole tiles
     assert tiling(8, 8192, 28672, 132) == tiling(8, 28672, 4096, 132) == Tiling(64, 128, 1, 6, 4)  # one round, or many
     assert tiling(32, 12288, 4096, 132) == Tiling(64, 64, 1, 6, 4)  # more than one, side by side
+    assert tiling(8, 6144, 4096, 132) == Tiling(64, 64, 4, 6, 4)
+    assert tiling(64, 6144, 4096, 132) == Tiling(64, 128, 1, 5, 4)
     assert tiling(129, 4096, 4096, 132) is None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flover.kernels.triton.fused import activation, gated
 from flover.kernels.triton.product import HALF, End, Tiling, _launch, _launch_invariant, _launch_one, block_m
-from flover.kernels.triton.wide import ROWS, cut_for, gated_wide
+from flover.kernels.triton.wide import cut_for, gated_wide
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
 MAX_FEATURES = 65536  # cuBLAS streams an output head as fast as there is memory
@@ -38,14 +38,17 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
         chosen = Tiling(64, 128, 2 if fill >= 1 / 3 else 4, stages, 8 if 16 < rows <= 32 else 4)
     elif rows == 1:  # has a kernel of its own
         chosen = Tiling(64, 128, 1, stages, 4)
+    elif 0.7 < fill <= 0.75:  # 6144 x 4096: no faster than cuBLAS, but what comes after it can begin early
+        if rows <= 16:
+            chosen = Tiling(64, 64, 4, stages, 4)
+        else:
+            chosen = Tiling(32, 256, 1, 4, 4) if few else Tiling(64, 128, 1, stages, 4)
     elif not few:
         if fill < 4 / 3:
             return None
         chosen = Tiling(128, 64, 1, stages, 4)
     elif fill <= 0.7:
         chosen = Tiling(128, 128, 3, 4, 4)
-    elif fill <= 0.75:  # 6144 x 4096: no faster than cuBLAS, but what comes after it can begin early
-        chosen = Tiling(64, 64, 2, stages, 4) if rows <= 16 else Tiling(32, 256, 1, 4, 4)
     elif 1 < fill < 1.5:
         chosen = Tiling(64, 64, 2, 4, 4) if fill < 4 / 3 and rows <= 16 else Tiling(64, 64, 1, stages, 4)
     else:  # of many tiles with more than 16 tokens, two fit a multiprocessor
@@ -116,8 +119,8 @@ def forked_linear(
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, batch_invariant: bool = False) -> Tensor:
-    """act(x @ gate.T) * (x @ up.T), weight = gate over up; few rows in one launch."""
-    if x.shape[0] in ROWS and bias is None and not batch_invariant and (cut := cut_for(x, weight)):
+    """act(x @ gate.T) * (x @ up.T), weight = gate over up; few rows, and very many, in one launch."""
+    if bias is None and not batch_invariant and (cut := cut_for(x, weight)):
         return gated_wide(x, weight, name, cut)
     chosen = None if batch_invariant else _tiling_for(x, weight)
     if x.shape[0] == 1 and chosen is not None:
@@ -125,8 +128,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *, b
     if chosen is None or chosen.split_k > 1 or chosen.block_n < 64 or weight.shape[0] % 128:
         out: Tensor = gated(linear(x, weight, bias, batch_invariant=batch_invariant), name)
         return out
-    if x.shape[0] <= 32 and x.shape[1] % 128 == 0:  # a whole tile of each fits; of 17 to 32 rows with fewer stages
-        chosen = Tiling(64, 128, 1, 6 if x.shape[0] <= 16 else 4, 4)
+    if x.shape[0] <= 32 and x.shape[1] % 128 == 0:  # a whole tile of each fits
+        chosen = Tiling(64, 128, 1, 4, 4)
     else:
         chosen = chosen._replace(block_n=chosen.block_n // 2)
     return _launch(x, weight, bias, block_m(x.shape[0]), chosen, End(name))

@@ -1,11 +1,11 @@
-"""Gate and up of 33 to 128 rows with the activation, in one launch that every multiprocessor has one program of.
+"""Gate and up with the activation in one launch: of 33 to 128 rows, and of very many, which are bound by arithmetic.
 
-One program multiplies all of x with as many features as bring the number of programs just under that of
-multiprocessors. That is no power of two, so up to three tiles of such share a step (112 = 64 + 32 + 16), each with an
-accumulator. The weight is seen as `[2, features, in]`, so one tile of TMA holds the gate and the up of its features,
-and they end in one program. What lies outside is zero: the weight need not be whole tiles, nor x. cuBLAS cuts this
-product in tiles of 128 and leaves multiprocessors idle, and the activation is then a launch of its own: on an H200 it
-takes 69.9 us for Llama-3-8B at 128 rows, this 63.0 (docs/performance.md).
+A program multiplies up to 128 rows of x with as many features as, of few rows, bring the number of programs just under
+that of multiprocessors. That is no power of two, so up to three tiles of such share a step (112 = 64 + 32 + 16), each
+with an accumulator. The weight is seen as `[2, features, in]`, so one tile of TMA holds the gate and the up of its
+features, and they end in one program. What lies outside is zero: the weight need not be whole tiles, nor x. Of few rows
+cuBLAS cuts this product in tiles of 128 and leaves multiprocessors idle; of many it is as fast, but the activation is
+then a launch that writes and reads what here stays in registers (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from flover.kernels.triton.fused import _gated
 from flover.kernels.triton.product import block_m
 
 ROWS = range(33, 129)  # fewer: product.py has as narrow a tile of tokens as they are
+MANY = 900  # rows: from there on no multiprocessor is idle for long
+GROUP = 16  # tiles of rows whose programs are neighbours, so that L2 has what they read
 FEATURES = range(96, 177)  # fewer: x is most of what is read; more: accumulators leave the registers
 BLOCK_K = 64  # 128 bytes, the widest row that TMA swizzles
 
@@ -42,12 +44,12 @@ def _add(acc, xt, w, n, at):
 
 
 @triton.jit
-def _store(acc, out, n, M, width, GATE: tl.constexpr):
+def _store(acc, out, m0, n, M, width, GATE: tl.constexpr):
     gate, up = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
     value = _gated(gate, up, out.dtype.element_ty, GATE)
-    m = tl.arange(0, acc.shape[0])[:, None]
+    m = m0 + tl.arange(0, acc.shape[0])[:, None]
     n += tl.arange(0, acc.shape[1] // 2)[None, :]
-    tl.store(out + m * width + n, value, mask=(m < M) & (n < width))
+    tl.store(out + m.to(tl.int64) * width + n, value, mask=(m < M) & (n < width))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -66,11 +68,16 @@ def _gated_linear(
     F3: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     GATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     grid_launch(PDL)
-    n1 = tl.program_id(0) * (F1 + F2 + F3)
+    per_group = GROUP * tl.cdiv(width, F1 + F2 + F3)
+    first, at = tl.program_id(0) // per_group * GROUP, tl.program_id(0) % per_group
+    group = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)  # the last one may have fewer tiles of rows
+    m0 = (first + at % group) * BLOCK_M
+    n1 = at // group * (F1 + F2 + F3)
     n2 = n1 + F1
     n3 = n2 + F2
     if PDL:  # two tiles go to L2 before the wait: weights depend on no one
@@ -85,28 +92,33 @@ def _gated_linear(
     if F3 > 0:
         acc3 = tl.zeros([BLOCK_M, 2 * F3], tl.float32)
     for at in range(0, K, BLOCK_K):
-        xt = x.load([0, at])
+        xt = x.load([m0, at])
         acc1 = _add(acc1, xt, w1, n1, at)
         if F2 > 0:
             acc2 = _add(acc2, xt, w2, n2, at)
         if F3 > 0:
             acc3 = _add(acc3, xt, w3, n3, at)
-    _store(acc1, out, n1, M, width, GATE)
+    _store(acc1, out, m0, n1, M, width, GATE)
     if F2 > 0:
-        _store(acc2, out, n2, M, width, GATE)
+        _store(acc2, out, m0, n2, M, width, GATE)
     if F3 > 0:
-        _store(acc3, out, n3, M, width, GATE)
+        _store(acc3, out, m0, n3, M, width, GATE)
 
 
 @cache
 def cut(rows: int, width: int, num_sms: int, shared: int) -> Cut | None:
-    """The fewest features of a program for which all run at once; None: too many idle, or no room for three tiles."""
-    features = 16 * triton.cdiv(width, 16 * num_sms)
-    room = shared - 2048  # of a multiprocessor, less what the system and the barriers take
-    stages = min(4, room // (2 * BLOCK_K * (block_m(rows) + 2 * features)))
-    if features not in FEATURES or triton.cdiv(width, features) < 0.8 * num_sms or stages < 3:
+    """Of few rows the fewest features of a program for which all run at once.
+
+    None: another kernel is faster, too many multiprocessors would be idle, or there is no room for three tiles.
+    """
+    few = rows in ROWS
+    if not few and rows < MANY:
         return None
-    return Cut(features, stages)
+    features = 16 * triton.cdiv(width, 16 * num_sms) if few else 128
+    room = shared - 2048  # of a multiprocessor, less what the system and the barriers take
+    stages = min(4 if few else 3, room // (2 * BLOCK_K * (block_m(rows) + 2 * features)))
+    idle = few and triton.cdiv(width, features) < 0.8 * num_sms
+    return None if features not in FEATURES or idle or stages < 3 else Cut(features, stages)
 
 
 def cut_for(x: Tensor, weight: Tensor) -> Cut | None:
@@ -120,14 +132,14 @@ def cut_for(x: Tensor, weight: Tensor) -> Cut | None:
 
 
 def gated_wide(x: Tensor, weight: Tensor, name: str, c: Cut) -> Tensor:
-    """act(x @ gate.T) * (x @ up.T) of at most 128 rows in 16 bits; weight = gate over up."""
+    """act(x @ gate.T) * (x @ up.T) in 16 bits; weight = gate over up."""
     (M, K), width, tile = x.shape, len(weight) // 2, block_m(len(x))
     out = torch.empty(M, width, dtype=x.dtype, device=x.device)
     tiles = [f for f in (128, 64, 32, 16) if c.features & f]
     halves = weight.view(2, width, K)
     maps = [TensorDescriptor.from_tensor(halves, [2, f, BLOCK_K]) for f in tiles]
     f1, f2, f3 = (*tiles, 0, 0)[:3]
-    _gated_linear[(triton.cdiv(width, c.features),)](
+    _gated_linear[(triton.cdiv(M, tile) * triton.cdiv(width, c.features),)](
         TensorDescriptor.from_tensor(x, [tile, BLOCK_K]),
         *(*maps, maps[0], maps[0])[:3],
         weight,
@@ -140,6 +152,7 @@ def gated_wide(x: Tensor, weight: Tensor, name: str, c: Cut) -> Tensor:
         F3=f3,
         BLOCK_M=tile,
         BLOCK_K=BLOCK_K,
+        GROUP=GROUP,
         GATE=name,
         num_stages=c.num_stages,
         num_warps=tile // 16,
