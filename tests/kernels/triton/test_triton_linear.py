@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from triton_device import DEVICE, DTYPES
 
 from flover.kernels import reference as reference_ops
@@ -177,11 +178,16 @@ def test_which_gate_and_up_are_one_launch(monkeypatch):
     assert launches(tokens(96)) == "two"
 
 
-def test_an_odd_number_of_features(dtype):
-    x, weight = torch.randn(70, 96, device=DEVICE).to(dtype), torch.randn(101, 96, device=DEVICE).to(dtype)
+@pytest.mark.parametrize(("features", "deep"), [(101, False), (48, True)])
+def test_what_the_library_is_asked_in_another_way(features, deep, dtype, monkeypatch):
+    """An odd number of features, and a weight with more than twice as many inputs as outputs."""
+    x, weight = torch.randn(70, 96, device=DEVICE).to(dtype), torch.randn(features, 96, device=DEVICE).to(dtype)
+    asked = []
+    monkeypatch.setattr(F, "linear", lambda x, w, bias, plain=F.linear: asked.append(bias) or plain(x, w, bias))
     got, want = _library(x, weight, None), reference(x, weight, None)
     assert got.shape == want.shape
     assert (got.double() - want).norm() / want.norm() < {torch.float32: 1e-6}.get(dtype, 6e-3)
+    assert any(bias is not None for bias in asked) == (deep and dtype.itemsize == 2)
 
 
 def test_every_tiling_divides_its_shape():

@@ -109,8 +109,8 @@ def decode_shares(seq_lens: npt.ArrayLike, kv_heads: int) -> tuple[Ints, Ints, I
     """Divide the keys of decode entries so that no program has much more than its part of them all.
 
     Of few entries a share is the smallest multiple of SHARE_UNIT with which there are at most `num_shares`. Of many it
-    is a FILL-th of all keys, so that rows up to a quarter longer than the mean stay whole. Shares of the longest entries
-    come first: programs start in this order, and small ones fill what large ones leave.
+    is a FILL-th of all keys, so that rows up to a quarter longer than the mean stay whole. Shares of the longest
+    entries come first: programs start in this order, and small ones fill what large ones leave.
 
     Returns: keys of a share at most, `[1]`; of each share its entry, and which of the entry's shares it is.
     """

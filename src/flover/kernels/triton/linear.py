@@ -18,6 +18,7 @@ from flover.kernels.triton.product import HALF, End, Tiling, _launch, _launch_in
 from flover.kernels.triton.wide import cut_for, gated_wide
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
+DEEP_ROWS = range(MAX_ROWS + 1, 113)
 MAX_FEATURES = 65536  # cuBLAS streams an output head as fast as there is memory
 
 
@@ -35,7 +36,7 @@ def tiling(rows: int, out_features: int, in_features: int, num_sms: int) -> Tili
     fill = tiles / num_sms
     stages = 6 if few else 5
     if fill <= 0.5:
-        chosen = Tiling(64, 128, 2 if fill >= 1 / 3 else 4, stages, 8 if 16 < rows <= 32 else 4)
+        chosen = Tiling(64, 128, 2 if fill >= 1 / 3 else 4, stages, 4)
     elif rows == 1:  # has a kernel of its own
         chosen = Tiling(64, 128, 1, stages, 4)
     elif 0.7 < fill <= 0.75:  # 6144 x 4096: no faster than cuBLAS, but what comes after it can begin early
@@ -78,12 +79,24 @@ def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     results whose rows lie off 16 bytes: there the rows lie apart, and the last few features are a product of their own.
     """
     features, rest = len(weight), len(weight) % 8
-    if x.dtype not in HALF or bias is not None or rest == 0:
+    if x.dtype not in HALF or bias is not None:
         return F.linear(x, weight, bias)
+    if rest == 0:
+        deep = len(x) in DEEP_ROWS and weight.shape[1] >= 2 * features
+        return F.linear(x, weight, _no_bias(features, x.dtype, x.device) if deep else None)
     out = torch.empty(len(x), features + 8 - rest, dtype=x.dtype, device=x.device)[:, :features]
     for part in (slice(features - rest), slice(features - rest, features)):
         torch.mm(x, weight[part].t(), out=out[:, part])
     return out
+
+
+@cache
+def _no_bias(features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. Products with a bias PyTorch gives to cuBLASLt, which cuts those of a deep weight better.
+
+    Made before a graph is captured, as the runner launches every shape once, and there when any stream reads it.
+    """
+    return torch.zeros(features, dtype=dtype).to(device)
 
 
 def linear(
