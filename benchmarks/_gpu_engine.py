@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -13,6 +14,7 @@ from flover.bench.engines import EngineSystem
 from flover.bench.records import Job, Run
 from flover.bound import Bound, Limits
 from flover.config import EngineConfig
+from flover.startup import settle
 
 
 def llama(hidden: int, size: int, layers: int, heads: int, kv_heads: int, vocab: int, length: int) -> dict[str, Any]:
@@ -67,6 +69,7 @@ class Engine:
         self.core = self.system.core
         self.start_up = time.perf_counter() - started
         self.core.warm_up()
+        settle()  # as the engine's process does
         self.settings = settings
         self._rng = random.Random(0)
         self.bound = Bound(self.core, limits)
@@ -89,6 +92,7 @@ class Engine:
     def close(self) -> None:
         """Give the memory back: another engine may be started."""
         del self.core
+        gc.unfreeze()
         self.system.close()
 
 

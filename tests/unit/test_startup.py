@@ -52,6 +52,15 @@ def test_process_age() -> None:
     assert one > 0
 
 
+def test_what_the_start_has_made_is_not_collected_again() -> None:
+    code = (
+        "import gc, flover.startup, torch; flover.startup.settle(); print(gc.get_freeze_count(), len(gc.get_objects()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    frozen, others = map(int, done.stdout.split())
+    assert frozen > 50 * others
+
+
 @pytest.mark.parametrize(
     ("given", "spins"), [({}, "20000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "")]
 )

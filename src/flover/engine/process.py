@@ -30,6 +30,7 @@ from flover.engine.wire import (
 )
 from flover.lifeline import end_soon, end_with_parent
 from flover.request import FinishReason
+from flover.startup import settle
 
 LOST = object()  # in the inbox: a rank of the group is gone
 
@@ -127,6 +128,7 @@ def main(fd: int, parent: int) -> int:
         connection.send(EngineFailed(str(error)))
         return 1
     times = core.startup_times
+    settle()
     connection.send(Ready(str(core.folder), core.resolved, times.seconds, times.nbytes))
     code = 0
     with suppress(OSError):  # the front is gone

@@ -48,7 +48,7 @@ from flover.engine.wire import (
 )
 from flover.lifeline import die_with_parent
 from flover.models.loader import resolve_model
-from flover.startup import StartupTimes
+from flover.startup import StartupTimes, settle
 
 BEAT_SECONDS = 0.5
 FIND_SECONDS = 300.0  # for rank 0 to measure its memory and listen
@@ -65,7 +65,7 @@ class Rank:
     Args:
         number: of the rank. secret: what rank 0 gave out, if it does not know who connects.
         launch: of torchrun; None: started by rank 0, on its machine.
-        made: called with the runner, for tests.
+        made: called with the runner.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ def join(launch: Launch) -> int:
     keep_alive(end)
     connection = Connection(end, ToRank)
     end_with(connection)
-    return Rank(connection, launch.rank, secret, launch).run()
+    return Rank(connection, launch.rank, secret, launch, made=lambda _: settle()).run()
 
 
 def main(fd: int, number: int, with_parent: bool) -> int:
@@ -226,7 +226,7 @@ def main(fd: int, number: int, with_parent: bool) -> int:
         die_with_parent()
     connection = Connection(socket.socket(fileno=fd), ToRank)
     end_with(connection)
-    return Rank(connection, number).run()
+    return Rank(connection, number, made=lambda _: settle()).run()
 
 
 if __name__ == "__main__":

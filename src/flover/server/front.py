@@ -31,6 +31,7 @@ from flover.server.restarts import Restarts
 from flover.server.service import Service
 from flover.server.tracing import Tracing
 from flover.server.watchdog import Watchdog
+from flover.startup import settle
 
 TICK = 0.25  # seconds between looks at the engine
 SILENCE = 3.0  # seconds that a rank may be stopped
@@ -94,6 +95,7 @@ async def _serve(service: Service, listener: socket.socket, supervisor: Supervis
     admin = await _serve_admin(service, told, supervisor)
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
+    settle()
     supervisor.say(Serving(service.model_names[0]))
     keeper = asyncio.create_task(_keep_engine(service))
     watch = asyncio.create_task(_watch(service))
