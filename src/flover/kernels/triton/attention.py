@@ -135,7 +135,7 @@ def decode_options(block_d: int, wide: bool, fp8: bool, programs: int, contiguou
     less, and as many of them fit.
     """
     stages = 2 if wide or contiguous else 3
-    if programs <= 16 and not wide:
+    if programs <= 16 and not wide:  # a row or two: there is room for large ones
         return {"BLOCK_N": 64, "num_warps": 8, "num_stages": stages}
     if wide or block_d > 128:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": stages}

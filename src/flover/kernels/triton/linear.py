@@ -18,7 +18,7 @@ from flover.kernels.triton.product import HALF, End, Tiling, _launch, _launch_in
 from flover.kernels.triton.wide import cut_for, gated_wide
 
 MAX_ROWS = 64  # tokens in one tile; more than that are cuBLAS's
-DEEP_ROWS = range(MAX_ROWS + 1, 113)
+DEEP_ROWS = range(MAX_ROWS + 1, 113)  # of a weight with many inputs for its outputs, by cuBLASLt
 MAX_FEATURES = 65536  # cuBLAS streams an output head as fast as there is memory
 
 

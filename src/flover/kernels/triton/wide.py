@@ -74,10 +74,10 @@ def _gated_linear(
 ):
     grid_launch(PDL)
     per_group = GROUP * tl.cdiv(width, F1 + F2 + F3)
-    first, at = tl.program_id(0) // per_group * GROUP, tl.program_id(0) % per_group
+    first, place = tl.program_id(0) // per_group * GROUP, tl.program_id(0) % per_group
     group = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP)  # the last one may have fewer tiles of rows
-    m0 = (first + at % group) * BLOCK_M
-    n1 = at // group * (F1 + F2 + F3)
+    m0 = (first + place % group) * BLOCK_M
+    n1 = place // group * (F1 + F2 + F3)
     n2 = n1 + F1
     n3 = n2 + F2
     if PDL:  # two tiles go to L2 before the wait: weights depend on no one
