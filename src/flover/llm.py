@@ -27,6 +27,7 @@ from flover.request import RequestOutput
 from flover.sampling_params import SamplingParams
 from flover.show import show
 from flover.startup import StartupTimes
+from flover.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -59,7 +60,8 @@ class LLM:
         """Finished outputs, in the order of the prompts.
 
         Args:
-            prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            prompts: one or a list of: text, token ids (an array is one prompt, a matrix one a row), {"prompt": text},
+                {"prompt_token_ids": ids}.
             sampling_params: one for all, one for each, or None for `get_default_sampling_params()`.
             use_tqdm: show progress on stderr, if that is a terminal.
 
@@ -174,6 +176,10 @@ class LLM:
 
     # ---- settings ----------------------------------------------------------------------------------------
 
+    def get_tokenizer(self) -> Tokenizer | None:
+        """It encodes, decodes, and applies the chat template; None: the model's folder has none."""
+        return self.engine.tokenizer
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
         return default_sampling_params(self.engine)
@@ -217,7 +223,7 @@ class LLM:
     def _prepare(self, prompts: Any, params: Params, pooling: str = "") -> list[Prepared]:
         """Check everything; queue nothing."""
         self._need_open()
-        if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and not _is_prompt(prompts[0])):
+        if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and len(prompts) and not _is_prompt(prompts[0])):
             prompts = [prompts]
         if not _is_list(prompts):
             raise ValueError(f"prompts must be a prompt or a list of prompts, got {show(prompts)}")
@@ -252,7 +258,8 @@ class LLM:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    array = getattr(value, "ndim", 0) > 0  # numpy's or PyTorch's
+    return array or (isinstance(value, Sequence) and not isinstance(value, (str, bytes)))
 
 
 def _is_prompt(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from flover.show import nearest, show
@@ -22,7 +23,7 @@ MAX_LIST = 65_536
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {show(value)} ({type(value).__name__})")
     if not low <= value <= high:  # NaN fails every comparison
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {show(value)}")
@@ -30,11 +31,11 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be an integer, got {show(value)} ({type(value).__name__})")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {show(value)}")
-    return value
+    return int(value)
 
 
 def _boolean(name: str, value: Any) -> None:
@@ -125,9 +126,9 @@ class SamplingParams:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        _integer("n", self.n, 1, MAX_N)
+        put("n", _integer("n", self.n, 1, MAX_N))
         put("temperature", _number("temperature", self.temperature, 0.0, 1e4))
-        _integer("top_k", self.top_k, -1, MAX_TOKENS)
+        put("top_k", _integer("top_k", self.top_k, -1, MAX_TOKENS))
         put("top_p", _number("top_p", self.top_p, 0.0, 1.0))
         if self.top_p == 0.0:
             raise ValueError("top_p must be in (0, 1], got 0")
@@ -137,18 +138,18 @@ class SamplingParams:
         put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
         self._check_lists(put)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+            put("max_tokens", _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
+        put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens {self.max_tokens}, got {self.min_tokens}")
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
+            put("seed", _integer("seed", self.seed, 0, 2**64 - 1))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+                put(name, _integer(name, getattr(self, name), 0, MAX_LOGPROBS))
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _boolean(name, getattr(self, name))
-        _integer("priority", self.priority, -(2**31), 2**31)
+        put("priority", _integer("priority", self.priority, -(2**31), 2**31))
         if self.structured_outputs is not None:
             put("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 

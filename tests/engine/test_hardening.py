@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from harness import echo_folder
 
 from flover import LLM, EngineConfig, LLMEngine, SamplingParams
@@ -55,6 +56,30 @@ def test_wrong_sampling_params_are_named(llm: LLM) -> None:
     for wrong in ({"temperature": 0}, 5):
         with pytest.raises(ValueError, match="must be a SamplingParams or a list of them"):
             llm.generate("a", wrong, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def test_numbers_and_ids_of_numpy_and_pytorch(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer is not None
+    ids = tokenizer.encode("In the beginning")
+    plain = SamplingParams(max_tokens=3, temperature=0, seed=5, stop_token_ids=[7])
+    params = SamplingParams(
+        max_tokens=np.int64(3),  # type: ignore[arg-type]
+        temperature=np.float32(0),  # type: ignore[arg-type]
+        seed=np.uint64(5),  # type: ignore[arg-type]
+        stop_token_ids=[np.int32(7)],  # type: ignore[list-item]
+    )
+    assert params == plain
+    assert type(params.max_tokens) is type(params.seed) is int
+    wanted = llm.generate([ids, ids], plain, use_tqdm=False)
+    for prompts in (np.array([ids, ids]), torch.tensor([ids, ids]), [np.array(ids), torch.tensor(ids)]):
+        outputs = llm.generate(prompts, params, use_tqdm=False)  # type: ignore[arg-type]
+        assert [o.prompt_token_ids for o in outputs] == [ids, ids]
+        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in wanted]
+    assert llm.generate(np.array(ids), params, use_tqdm=False)[0].prompt_token_ids == ids  # type: ignore[arg-type]
+    for wrong in (np.bool_(True), np.float64(3)):
+        with pytest.raises(ValueError, match="max_tokens must be an integer"):
+            SamplingParams(max_tokens=wrong)  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_larger_than_the_model_harms_nobody_else(tmp_path: Path) -> None:
