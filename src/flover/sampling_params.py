@@ -23,7 +23,8 @@ MAX_LIST = 65_536
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)  # numpy's too
+    if not is_number:
         raise ValueError(f"{name} must be a number, got {show(value)} ({type(value).__name__})")
     if not low <= value <= high:  # NaN fails every comparison
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {show(value)}")
@@ -31,7 +32,8 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer:
         raise ValueError(f"{name} must be an integer, got {show(value)} ({type(value).__name__})")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {show(value)}")
