@@ -148,8 +148,9 @@ def test_all_programs_of_gate_and_up_run_at_once(num_sms):
     assert wide.cut(96, 28672, 132, shared) is None  # too many features for one program
     assert wide.cut(96, 11008, 148, shared) is None  # 80 features a program
     assert wide.cut(96, 14336, 132, 101376) is None
-    assert wide.cut(5000, 14336, 132, shared) == wide.cut(900, 1024, 132, shared) == (128, 3)
-    assert wide.cut(899, 14336, 132, shared) is wide.cut(5000, 14336, 132, 101376) is None
+    assert wide.cut(5000, 14336, 132, shared) == wide.cut(900, 14336, 132, shared) == (128, 3)
+    for rows, width, room in ((896, 14336, shared), (900, 7168, shared), (8, 200000, shared), (5000, 14336, 101376)):
+        assert wide.cut(rows, width, 132, room) is None
 
 
 def test_which_gate_and_up_are_one_launch(monkeypatch):
@@ -171,7 +172,7 @@ def test_which_gate_and_up_are_one_launch(monkeypatch):
     for rows in (33, 96, 128, 900, 5000):
         assert launches(tokens(rows)) == launches(tokens(rows, apart=8)) == launches(tokens(rows, off=8)) == "one"
     assert launches(tokens(96, apart=4)) == launches(tokens(96, off=4)) == launches(tokens(129)) == "two"
-    assert launches(tokens(899)) == "two"
+    assert launches(tokens(896)) == "two"
     assert launches(tokens(96, dtype=torch.float32)) == launches(tokens(96, 4160), 4160) == "two"
     assert launches(tokens(96), bias=tokens(1)) == launches(tokens(96), batch_invariant=True) == "two"
     monkeypatch.setattr(wide, "launch_options", lambda device: {"PDL": False})

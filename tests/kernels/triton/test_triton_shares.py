@@ -22,13 +22,16 @@ LENS = st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129]) | st.integers
     padding=st.sampled_from([0, 1, 3]),
     heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (3, 3)]),
     programs=st.sampled_from([1, 4, 12, 528]),
+    fill=st.sampled_from([1, 3, 8]),
     window=st.sampled_from([None, 1, 40, 64, 65, 128]),
     block_size=st.sampled_from([16, 400]),  # the latter: a slab
     dtype=st.sampled_from(DTYPES),
     fp8=st.just(False) if OLD else st.booleans(),
 )
-def test_decode_is_the_twin_whatever_the_lengths(lens, padding, heads, programs, window, block_size, dtype, fp8):
-    """programs: that fill the GPU; with few the shares are long. New keys and values are stored by one share each."""
+def test_decode_is_the_twin_whatever_the_lengths(lens, padding, heads, programs, fill, window, block_size, dtype, fp8):
+    """programs: that fill the GPU; with few the shares are long. fill: the same where entries alone fill it. New keys
+    and values are stored by one share each.
+    """
     batch = Batch([1] * (len(lens) + padding), lens + [0] * padding, *heads, 16, dtype, block_size=block_size)
     if fp8:
         batch.k, batch.v = batch.k.to(torch.float8_e4m3fn), batch.v.to(torch.float8_e4m3fn)
@@ -37,6 +40,7 @@ def test_decode_is_the_twin_whatever_the_lengths(lens, padding, heads, programs,
         cache.view(torch.uint8)[new[2][new[2] >= 0]] = 0xFF  # NaN until it is stored
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[attention.__module__], "PROGRAMS", programs)
+        patch.setattr(sys.modules[attention.__module__], "FILL", fill)
         got = batch.attend(batch.meta(len(batch.seq_lens), padding=padding), new, scale=0.3, window=window)
     for mine, theirs in zip((batch.k, batch.v), filled):
         assert torch.equal(mine.float().nan_to_num(9.0), theirs.nan_to_num(9.0))

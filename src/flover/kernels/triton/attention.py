@@ -27,7 +27,7 @@ PREFILL_ROWS = 128  # of a program's tile: a query and a head each
 INVARIANT_TILE = 16  # queries of one program, batch-invariant: tiles begin at multiples of it in absolute positions
 PROGRAMS = 528  # of decode, side by side: four on each multiprocessor of an H100 or H200
 FILL = 845  # programs among which many entries are divided: four fifths of the small ones that lie side by side
-MAX_SHARES = 32  # of one entry
+MAX_SHARES = 32  # of one entry, of few entries in the mean
 SHARE_UNIT = 64  # keys that are worth a program of their own
 
 Ints = npt.NDArray[np.int32]
@@ -109,15 +109,16 @@ def decode_shares(seq_lens: npt.ArrayLike, kv_heads: int) -> tuple[Ints, Ints, I
     """Divide the keys of decode entries so that no program has much more than its part of them all.
 
     Of few entries a share is the smallest multiple of SHARE_UNIT with which there are at most `num_shares`. Of many it
-    is a FILL-th of all keys, so that rows up to a quarter longer than the mean stay whole. Shares of the longest
-    entries come first: programs start in this order, and small ones fill what large ones leave.
+    is a FILL-th of all keys, or a quarter more than the mean entry has, so that rows of much the same length stay
+    whole. Shares of the longest entries come first: programs start in this order, and small ones fill what large ones
+    leave.
 
     Returns: keys of a share at most, `[1]`; of each share its entry, and which of the entry's shares it is.
     """
     lens = np.asarray(seq_lens, dtype=np.int64)
     longest = int(lens.max(initial=1))
     if _many(len(lens), kv_heads):
-        part = max(lens.sum() * kv_heads / FILL, longest / MAX_SHARES)
+        part = max(lens.sum() * max(kv_heads / FILL, 1.25 / len(lens)), longest / MAX_SHARES)
         keys = math.ceil(part / SHARE_UNIT) * SHARE_UNIT
     else:
         room, sizes = num_shares(len(lens), kv_heads), range(SHARE_UNIT, longest + SHARE_UNIT + 1, SHARE_UNIT)

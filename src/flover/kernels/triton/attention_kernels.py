@@ -71,7 +71,8 @@ def _part(part_acc, part_m, first, i, used, h, d, group: tl.constexpr, HEAD_DIM:
     """The state that share i of an entry left; behind the last one that is used, a state that changes nothing."""
     part = first + i
     real = h < tl.where(i < used, group, 0)
-    m = tl.load(part_m + part * 2 * group + h, mask=real, other=float("-inf"), cache_modifier=".cg")
+    m = tl.load(part_m + part * 2 * group + h, mask=real, other=0.0, cache_modifier=".cg")
+    m = tl.where(i < used, m, float("-inf"))
     total = tl.load(part_m + (part * 2 + 1) * group + h, mask=real, other=0.0, cache_modifier=".cg")
     where = (part * group + h[:, None]) * HEAD_DIM + d[None, :]
     mask = real[:, None] & (d < HEAD_DIM)[None, :]

@@ -24,7 +24,7 @@ from flover.kernels.triton.fused import _gated
 from flover.kernels.triton.product import block_m
 
 ROWS = range(33, 129)  # fewer: product.py has as narrow a tile of tokens as they are
-MANY = 900  # rows: from there on no multiprocessor is idle for long
+ROUNDS = 6  # of programs, from which on it counts little that the last one leaves multiprocessors idle
 GROUP = 16  # tiles of rows whose programs are neighbours, so that L2 has what they read
 FEATURES = range(96, 177)  # fewer: x is most of what is read; more: accumulators leave the registers
 BLOCK_K = 64  # 128 bytes, the widest row that TMA swizzles
@@ -112,7 +112,7 @@ def cut(rows: int, width: int, num_sms: int, shared: int) -> Cut | None:
     None: another kernel is faster, too many multiprocessors would be idle, or there is no room for three tiles.
     """
     few = rows in ROWS
-    if not few and rows < MANY:
+    if not few and (rows < ROWS.start or triton.cdiv(rows, 128) * triton.cdiv(width, 128) < ROUNDS * num_sms):
         return None
     features = 16 * triton.cdiv(width, 16 * num_sms) if few else 128
     room = shared - 2048  # of a multiprocessor, less what the system and the barriers take
