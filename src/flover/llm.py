@@ -27,7 +27,6 @@ from flover.request import RequestOutput
 from flover.sampling_params import SamplingParams
 from flover.show import show
 from flover.startup import StartupTimes
-from flover.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -176,10 +175,6 @@ class LLM:
 
     # ---- settings ----------------------------------------------------------------------------------------
 
-    def get_tokenizer(self) -> Tokenizer | None:
-        """It encodes, decodes, and applies the chat template; None: the model's folder has none."""
-        return self.engine.tokenizer
-
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for, on top of the usual defaults; greedy if it says do_sample: false."""
         return default_sampling_params(self.engine)
@@ -223,7 +218,8 @@ class LLM:
     def _prepare(self, prompts: Any, params: Params, pooling: str = "") -> list[Prepared]:
         """Check everything; queue nothing."""
         self._need_open()
-        if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and len(prompts) and not _is_prompt(prompts[0])):
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # an array or a tensor
+        if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and not _is_prompt(prompts[0])):
             prompts = [prompts]
         if not _is_list(prompts):
             raise ValueError(f"prompts must be a prompt or a list of prompts, got {show(prompts)}")

@@ -46,6 +46,7 @@ def _boolean(name: str, value: Any) -> None:
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # of an array or a tensor
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
         raise ValueError(f"{name} must be a list of token ids, got {show(value)}")
     if len(value) > MAX_LIST:

@@ -10,9 +10,9 @@ def show(value: Any) -> str:
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # an integer of thousands of digits has no repr
-        text = f"a {type(value).__name__} too large to print"
+        text = f"{type(value).__name__} too large to print"
     except RecursionError:
-        text = f"a {type(value).__name__} nested too deeply to print"
+        text = f"{type(value).__name__} nested too deeply to print"
     return text if len(text) <= 100 else text[:97] + "..."
 
 

@@ -59,7 +59,7 @@ def test_wrong_sampling_params_are_named(llm: LLM) -> None:
 
 
 def test_numbers_and_ids_of_numpy_and_pytorch(llm: LLM) -> None:
-    tokenizer = llm.get_tokenizer()
+    tokenizer = llm.engine.tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode("In the beginning")
     plain = SamplingParams(max_tokens=3, temperature=0, seed=5, stop_token_ids=[7])
@@ -67,7 +67,7 @@ def test_numbers_and_ids_of_numpy_and_pytorch(llm: LLM) -> None:
         max_tokens=np.int64(3),  # type: ignore[arg-type]
         temperature=np.float32(0),  # type: ignore[arg-type]
         seed=np.uint64(5),  # type: ignore[arg-type]
-        stop_token_ids=[np.int32(7)],  # type: ignore[list-item]
+        stop_token_ids=np.array([7]),  # type: ignore[arg-type]
     )
     assert params == plain
     assert type(params.max_tokens) is type(params.seed) is int
@@ -77,6 +77,9 @@ def test_numbers_and_ids_of_numpy_and_pytorch(llm: LLM) -> None:
         assert [o.prompt_token_ids for o in outputs] == [ids, ids]
         assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in wanted]
     assert llm.generate(np.array(ids), params, use_tqdm=False)[0].prompt_token_ids == ids  # type: ignore[arg-type]
+    for prompt in (torch.tensor([True, False]), np.array([True]), np.array(5), torch.tensor(5)):
+        with pytest.raises(ValueError, match="^[^\n]*$"):
+            llm.generate(prompt, plain, use_tqdm=False)  # type: ignore[arg-type]
     for wrong in (np.bool_(True), np.float64(3)):
         with pytest.raises(ValueError, match="max_tokens must be an integer"):
             SamplingParams(max_tokens=wrong)  # type: ignore[arg-type]

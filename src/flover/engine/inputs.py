@@ -130,6 +130,7 @@ class InputProcessor:
         return text, ids
 
     def _token_ids(self, name: str, ids: Any) -> list[int]:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # of an array or a tensor
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
             raise ValueError(f"{name} must be a list of token ids, got {show(ids)}")
         checked = []
