@@ -24,7 +24,7 @@ from flover.engine.inputs import Prompt
 from flover.engine.llm_engine import LLMEngine, Prepared
 from flover.metrics import Timeline
 from flover.request import RequestOutput
-from flover.sampling_params import SamplingParams
+from flover.sampling_params import SamplingParams, as_list
 from flover.show import show
 from flover.startup import StartupTimes
 
@@ -44,7 +44,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self.engine = LLMEngine(engine_config(model, options))
-        self._next_id, self._closed = 0, False
+        self._next_id = 0
         self._lock = threading.RLock()  # whoever holds it adds, steps and empties its inbox
         self._inboxes: dict[str, dict[str, RequestOutput]] = {}  # request id -> where its stream reads
 
@@ -152,7 +152,7 @@ class LLM:
                 for request_id in live:
                     self.engine.abort(request_id)
                     del self._inboxes[request_id]
-                while not (self._closed or self._inboxes) and self.engine.has_unfinished_requests():
+                while not (self.engine.closed or self._inboxes) and self.engine.has_unfinished_requests():
                     self._step(final_only=True)
 
     def _step(self, final_only: bool) -> None:
@@ -200,7 +200,6 @@ class LLM:
     def close(self) -> None:
         """Stop the engine; using it afterwards is an error."""
         with self._lock:
-            self._closed = True
             self.engine.shutdown()
 
     def __enter__(self) -> LLM:
@@ -210,7 +209,7 @@ class LLM:
         self.close()
 
     def _need_open(self) -> None:
-        if self._closed:
+        if self.engine.closed:
             raise ValueError("this LLM is closed")
 
     # ---- helpers -----------------------------------------------------------------------------------------
@@ -218,7 +217,9 @@ class LLM:
     def _prepare(self, prompts: Any, params: Params, pooling: str = "") -> list[Prepared]:
         """Check everything; queue nothing."""
         self._need_open()
-        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # an array or a tensor
+        prompts = as_list(prompts)
+        if _is_list(prompts):
+            prompts = [as_list(prompt) for prompt in prompts]
         if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and not _is_prompt(prompts[0])):
             prompts = [prompts]
         if not _is_list(prompts):
@@ -254,8 +255,7 @@ class LLM:
 
 
 def _is_list(value: Any) -> bool:
-    array = getattr(value, "ndim", 0) > 0  # numpy's or PyTorch's
-    return array or (isinstance(value, Sequence) and not isinstance(value, (str, bytes)))
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _is_prompt(value: Any) -> bool:

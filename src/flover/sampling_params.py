@@ -45,8 +45,13 @@ def _boolean(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {show(value)}")
 
 
+def as_list(value: Any) -> Any:
+    """An array or a tensor as the list that it holds; all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    value = value.tolist() if hasattr(value, "tolist") else value  # of an array or a tensor
+    value = as_list(value)
     if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, set, frozenset)):
         raise ValueError(f"{name} must be a list of token ids, got {show(value)}")
     if len(value) > MAX_LIST:

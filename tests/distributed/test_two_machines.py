@@ -118,7 +118,7 @@ def tokens(path: Path) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["-tp", pytest.param("-pp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["-tp", "-pp"])
 def test_the_same_tokens_across_machines(kind: str, machines: Machines, tmp_path: Path) -> None:
     """Also over a slow link, where the kernel can delay one."""
     prompts = tmp_path / "prompts.jsonl"

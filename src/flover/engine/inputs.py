@@ -15,7 +15,7 @@ from flover.config import ResolvedConfig
 from flover.engine.grammar import Vocabulary
 from flover.engine.grammar_check import GrammarChecker
 from flover.request import ContextLengthError, Request, RowSampling
-from flover.sampling_params import SamplingParams
+from flover.sampling_params import SamplingParams, as_list
 from flover.show import show
 from flover.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ class InputProcessor:
         return text, ids
 
     def _token_ids(self, name: str, ids: Any) -> list[int]:
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # of an array or a tensor
+        ids = as_list(ids)
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
             raise ValueError(f"{name} must be a list of token ids, got {show(ids)}")
         checked = []

@@ -13,7 +13,7 @@ from flover.engine.cuda_graph import Shape, StepGraphs, plain_shape
 from flover.engine.runner import Batch
 from flover.engine.staging import Staging, sections
 from flover.kernels.triton.attention import (
-    PROGRAMS,
+    FILL,
     DeviceMetadata,
     decode_shares,
     invariant_tiles,
@@ -51,7 +51,7 @@ class Lane:
         rows, blocks = runner.tables.shape
         self.max_tokens = 2 * (max_batched_tokens + rows) + 64  # a captured shape is larger than the step
         ring = RING * runner.group.pipe.stages  # a step has as many micro-batches
-        capacity = 14 * self.max_tokens + 4 * PROGRAMS + rows * (blocks + 8)
+        capacity = 14 * self.max_tokens + 2 * FILL + rows * (blocks + 8)
         self.staging = Staging(capacity, ring, rows, runner.device)
         self._tokens = torch.empty(2, self.max_tokens, dtype=torch.int64, device=runner.device)  # input ids, slots
         self.graphs = StepGraphs(self, vocab_size, dtype, self.max_tokens, runner.device, runner.group)

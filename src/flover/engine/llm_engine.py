@@ -146,7 +146,7 @@ class LLMEngine:
         self.last_stats: StepStats | None = None
         self.num_steps = 0
         self.num_row_steps = 0  # running rows, summed over the steps
-        self._record, self._closed = config.record_timeline, False
+        self._record, self.closed = config.record_timeline, False
         self._inputs = InputProcessor(self.core.resolved, self.tokenizer, self.folder)
         self._prompts: dict[str, Prepared] = {}
         self._choices: dict[str, tuple[Prepared, Choice]] = {}  # by the core's request id
@@ -247,12 +247,12 @@ class LLMEngine:
 
     def shutdown(self) -> None:
         """Stop the core; what is in flight is dropped."""
-        self._closed = True
+        self.closed = True
         self._inputs.close()
         self.core.shutdown()
 
     def _need_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise ValueError("this engine is shut down")
 
     def _count(self, stats: StepStats) -> None:

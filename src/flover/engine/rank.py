@@ -65,7 +65,7 @@ class Rank:
     Args:
         number: of the rank. secret: what rank 0 gave out, if it does not know who connects.
         launch: of torchrun; None: started by rank 0, on its machine.
-        made: called with the runner.
+        made: called with the runner, once it stands.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Rank:
         number: int,
         secret: str = "",
         launch: Launch | None = None,
-        made: Callable[[ModelRunner], None] | None = None,
+        made: Callable[[ModelRunner], None] = lambda runner: settle(),
     ) -> None:
         self._connection, self._number, self._launch, self._made = connection, number, launch, made
         self._secret = secret
@@ -114,8 +114,7 @@ class Rank:
             store, address = open_store(self._launch), self._launch.address()
         group = meet(store, setup.prefix, self._number, config, address)
         runner = make_runner(config, folder, StartupTimes(), group=group)
-        if self._made is not None:
-            self._made(runner)
+        self._made(runner)
         self._send(Loaded())
         try:
             self._work(runner, config.scheduler.max_num_seqs)
@@ -217,7 +216,7 @@ def join(launch: Launch) -> int:
     keep_alive(end)
     connection = Connection(end, ToRank)
     end_with(connection)
-    return Rank(connection, launch.rank, secret, launch, made=lambda _: settle()).run()
+    return Rank(connection, launch.rank, secret, launch).run()
 
 
 def main(fd: int, number: int, with_parent: bool) -> int:
@@ -226,7 +225,7 @@ def main(fd: int, number: int, with_parent: bool) -> int:
         die_with_parent()
     connection = Connection(socket.socket(fileno=fd), ToRank)
     end_with(connection)
-    return Rank(connection, number, made=lambda _: settle()).run()
+    return Rank(connection, number).run()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ holes below it: as few relocations as there are holes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
 from flover.engine.batch import IntArray
@@ -87,3 +89,20 @@ class RowTable:
         del requests[count:], self.token_ids[count:]
         self._view()
         return list(zip(sources, holes))
+
+
+class Lengths(Mapping[str, int]):
+    """key -> optimistic length, read from the row table only for the keys that a layout asks for."""
+
+    def __init__(self, table: RowTable) -> None:
+        self._rows = {request.key: request.row for request in table.requests}
+        self._computed = table.computed
+
+    def __getitem__(self, key: str) -> int:
+        return int(self._computed[self._rows[key]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)

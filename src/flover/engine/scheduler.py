@@ -9,7 +9,7 @@ what such a row held is reused only by plans made after that became known. Plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,28 +18,11 @@ from flover.config import KVConfig, SchedulerConfig
 from flover.engine.admission import Admission, Table, check_size
 from flover.engine.batch import BatchPlan, IntArray, RowJoin, StepResult
 from flover.engine.policy import Policy
-from flover.engine.rows import RowTable
+from flover.engine.rows import Lengths, RowTable
 from flover.engine.step import Step, StepOutput, record_rows, take_in
 from flover.kv.protocol import KVLayout
 from flover.metrics import StepStats
 from flover.request import FinishReason, Request, RequestStatus
-
-
-class _Lengths(Mapping[str, int]):
-    """key -> optimistic length, read from the row table only for the keys that a layout asks for."""
-
-    def __init__(self, table: RowTable) -> None:
-        self._rows = {request.key: request.row for request in table.requests}
-        self._computed = table.computed
-
-    def __getitem__(self, key: str) -> int:
-        return int(self._computed[self._rows[key]])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 class Scheduler:
@@ -210,7 +193,7 @@ class Scheduler:
             over = over + dead if len(departing) + len(dead) == len(self.table) else []
         for request in over:
             self._give_back(request)
-        reordering = self.kv.reorder(_Lengths(self.table))
+        reordering = self.kv.reorder(Lengths(self.table))
         by_key = {request.key: request for request in self.table.requests}
         tables.extend((by_key[key], 0, [slot]) for key, slot in reordering.relocated.items())
         leaves = sorted(by_key[key].row for key in reordering.evicted)

@@ -181,7 +181,7 @@ def test_which_gate_and_up_are_one_launch(monkeypatch):
 
 @pytest.mark.parametrize(("features", "deep"), [(101, False), (48, True)])
 def test_what_the_library_is_asked_in_another_way(features, deep, dtype, monkeypatch):
-    """An odd number of features, and a weight with more than twice as many inputs as outputs."""
+    """An odd number of features, and a weight with twice as many inputs as outputs."""
     x, weight = torch.randn(70, 96, device=DEVICE).to(dtype), torch.randn(features, 96, device=DEVICE).to(dtype)
     asked = []
     monkeypatch.setattr(F, "linear", lambda x, w, bias, plain=F.linear: asked.append(bias) or plain(x, w, bias))

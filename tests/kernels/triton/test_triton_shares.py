@@ -1,4 +1,4 @@
-"""Decode attention in equal shares of all entries' keys, whatever the lengths, against the twin in float64."""
+"""Decode attention in shares of all entries' keys, whatever the lengths, against the twin in float64."""
 
 import sys
 

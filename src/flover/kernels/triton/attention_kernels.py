@@ -56,6 +56,23 @@ def _prefetch_tile(cache, begin, end, BLOCK_D: tl.constexpr, FIXED: tl.constexpr
 
 
 @triton.jit
+def _own_key(
+    key, value, cos, sin, cache, slots, store, d, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FIXED: tl.constexpr
+):
+    """The entry's own key, rotated, and value, in the cache's type; stored if `store` says so and there is a slot."""
+    inside = d < FIXED.HEAD_DIM
+    new_k = _rotated(key, inside, d, cos, sin, PAIRS, INTERLEAVED)
+    new_v = tl.load(value, mask=inside, other=0.0)
+    new_k, new_v = _to_cache(new_k, cache.k), _to_cache(new_v, cache.v)
+    slot = tl.load(slots)
+    if store & (slot >= 0):
+        place = (slot * FIXED.KV_HEADS + cache.head) * FIXED.HEAD_DIM + d
+        tl.store(cache.k + place, new_k, mask=inside)
+        tl.store(cache.v + place, new_v, mask=inside)
+    return new_k, new_v
+
+
+@triton.jit
 def _newest(q, k, v, position, counts, score, FIXED: tl.constexpr):
     """The state of `_attend` after one key that is in registers; where it does not count, before any."""
     s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
@@ -64,6 +81,17 @@ def _newest(q, k, v, position, counts, score, FIXED: tl.constexpr):
     total = tl.where(counts, tl.full([q.shape[0]], 1.0, tl.float32), 0.0)
     acc = tl.where(counts, tl.zeros(q.shape, tl.float32) + v.to(tl.float32)[None, :], 0.0)
     return m, total, acc
+
+
+@triton.jit
+def _store_part(part_acc, part_m, part, state, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """What `_part` loads; only real heads go through memory."""
+    m, total, acc = state
+    real = h < group
+    mask = real[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(part_acc + (part * group + h[:, None]) * HEAD_DIM + d[None, :], acc, mask=mask)
+    tl.store(part_m + part * 2 * group + h, m, mask=real)
+    tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
 
 
 @triton.jit
@@ -194,23 +222,16 @@ def decode(
         h = tl.arange(0, GROUP if GROUP > 16 else 16)  # the least that the matrix unit takes
         d = tl.arange(0, BLOCK_D)
         real = h < group
-        inside = d < HEAD_DIM
         q_head = head * group + h
-        mask = real[:, None] & inside[None, :]
+        mask = real[:, None] & (d < HEAD_DIM)[None, :]
         token = entry.to(tl.int64)
         query = q + token * stride_q + q_head[:, None] * HEAD_DIM + d[None, :]
         key = k + token * stride_k + head * HEAD_DIM + d
+        value = v + token * stride_v + head * HEAD_DIM + d
         c, s = cos + token * PAIRS, sin + token * PAIRS
         q_tile = _rotated(query, mask, d[None, :], c, s, PAIRS, INTERLEAVED)
-        new_k = _rotated(key, inside, d, c, s, PAIRS, INTERLEAVED)
-        new_v = tl.load(v + token * stride_v + head * HEAD_DIM + d, mask=inside, other=0.0)
-        new_k, new_v = _to_cache(new_k, k_cache), _to_cache(new_v, v_cache)
         last = end == length
-        slot = tl.load(slots + token)
-        if last & (slot >= 0):
-            place = (slot * KV_HEADS + head) * HEAD_DIM + d
-            tl.store(k_cache + place, new_k, mask=inside)
-            tl.store(v_cache + place, new_v, mask=inside)
+        new_k, new_v = _own_key(key, value, c, s, cache, slots + token, last, d, PAIRS, INTERLEAVED, FIXED)
         q_tile = _query(q_tile, k_cache)
         slopes = h.to(tl.float32)
         if ALIBI:
@@ -223,12 +244,10 @@ def decode(
         first_head = token * NUM_HEADS + head * group
         if used == 1:
             _store_heads(out, (total, acc), first_head, h, d, group, HEAD_DIM)
-        else:  # only real heads go through memory
+        else:
             unit = token * KV_HEADS + head
             part = (head * tl.num_programs(1) + share).to(tl.int64)
-            tl.store(part_acc + (part * group + h[:, None]) * HEAD_DIM + d[None, :], acc, mask=mask)
-            tl.store(part_m + part * 2 * group + h, m, mask=real)
-            tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
+            _store_part(part_acc, part_m, part, (m, total, acc), h, d, group, HEAD_DIM)
             tl.debug_barrier()
             if tl.atomic_add(arrived + unit, 1, sem="acq_rel") == used - 1:
                 g = tl.arange(0, GROUP)

@@ -122,6 +122,26 @@ def _one_row(
     tl.store(out + n, result, mask=n < N)
 
 
+@triton.jit
+def _ended(
+    sums,
+    bias,
+    add,
+    out,
+    where,
+    n,
+    N,
+    inside,
+    HAS_BIAS: tl.constexpr,
+    ACT: tl.constexpr,
+    FORK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Bias, and what `_finished` does, of features by tokens."""
+    sums = _add_bias(sums, bias, n, n < N, HAS_BIAS, FORK)
+    return _finished(sums, add, where, n[:, None], inside, out.dtype.element_ty, ACT, FORK, ADD)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _linear(
     x,  # [M, K]
@@ -199,13 +219,11 @@ def _linear(
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for i in range(SPLIT_K):
                 total += tl.load(partial + i * M * N + where, mask=inside, other=0.0, cache_modifier=".cg")
-            total = _add_bias(total * token_scale * factor, bias, n, n < N, HAS_BIAS, FORK)
-            total = _finished(total, add, where, n[:, None], inside, out.dtype.element_ty, ACT, FORK, ADD)
+            total = _ended(total * token_scale * factor, bias, add, out, where, n, N, inside, HAS_BIAS, ACT, FORK, ADD)
             tl.store(out + where, total, mask=inside)
             tl.store(arrived + unit, 0)
     else:
-        result = _add_bias(acc * token_scale * factor, bias, n, n < N, HAS_BIAS, FORK)
-        result = _finished(result, add, where, n[:, None], inside, out.dtype.element_ty, ACT, FORK, ADD)
+        result = _ended(acc * token_scale * factor, bias, add, out, where, n, N, inside, HAS_BIAS, ACT, FORK, ADD)
         if GATE != "":
             up = _add_bias(up.to(tl.float32) * token_scale * up_factor, bias + N, n, True, HAS_BIAS, 0)
             result = _gated(result, up, out.dtype.element_ty, GATE)
