@@ -4,7 +4,7 @@ Token t of an entry lies at `block_table[row, t // block_size] * block_size + t 
 table column. Nothing past an entry's length is ever multiplied, so stale or poisoned memory cannot leak. What varies
 from step to step (metadata, in a staging buffer at any offset) is not specialised on, or kernels would be compiled
 while serving; strides and the caches are, and head sizes are constants, so that K and V are read 16 bytes at a time.
-The loop is in attention_tile.py, launches in attention.py.
+The loop is in attention_tile.py, what becomes of an entry's shares in attention_merge.py, launches in attention.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flover.kernels.triton.attention_merge import _merged, _store_heads, _store_part
 from flover.kernels.triton.attention_tile import Cache, Fixed, Score, _attend, _query, _scores, _slots
 from flover.kernels.triton.common import grid_launch, grid_wait, prefetch
 from flover.kernels.triton.rotary import _rotated, _to_cache
@@ -81,62 +82,6 @@ def _newest(q, k, v, position, counts, score, FIXED: tl.constexpr):
     total = tl.where(counts, tl.full([q.shape[0]], 1.0, tl.float32), 0.0)
     acc = tl.where(counts, tl.zeros(q.shape, tl.float32) + v.to(tl.float32)[None, :], 0.0)
     return m, total, acc
-
-
-@triton.jit
-def _store_part(part_acc, part_m, part, state, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """What `_part` loads; only real heads go through memory."""
-    m, total, acc = state
-    real = h < group
-    mask = real[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(part_acc + (part * group + h[:, None]) * HEAD_DIM + d[None, :], acc, mask=mask)
-    tl.store(part_m + part * 2 * group + h, m, mask=real)
-    tl.store(part_m + (part * 2 + 1) * group + h, total, mask=real)
-
-
-@triton.jit
-def _part(part_acc, part_m, first, i, used, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The state that share i of an entry left; behind the last one that is used, a state that changes nothing."""
-    part = first + i
-    real = h < tl.where(i < used, group, 0)
-    m = tl.load(part_m + part * 2 * group + h, mask=real, other=0.0, cache_modifier=".cg")
-    m = tl.where(i < used, m, float("-inf"))
-    total = tl.load(part_m + (part * 2 + 1) * group + h, mask=real, other=0.0, cache_modifier=".cg")
-    where = (part * group + h[:, None]) * HEAD_DIM + d[None, :]
-    mask = real[:, None] & (d < HEAD_DIM)[None, :]
-    return m, total, tl.load(part_acc + where, mask=mask, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def _with(m, total, acc, m_i, total_i, acc_i):
-    higher = tl.maximum(m, m_i)
-    a, b = tl.exp2(m - higher), tl.exp2(m_i - higher)
-    return higher, total * a + total_i * b, acc * a[:, None] + acc_i * b[:, None]
-
-
-@triton.jit
-def _merged(part_acc, part_m, first, used, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """total and acc of the shares first, first + 1, ...: in order, so that the result is always the same.
-
-    Three at a time are on their way, or each would wait for the memory in turn.
-    """
-    m, total, acc = _part(part_acc, part_m, first, 0, used, h, d, group, HEAD_DIM)
-    for i in range(1, used, 3):
-        m1, total1, acc1 = _part(part_acc, part_m, first, i, used, h, d, group, HEAD_DIM)
-        m2, total2, acc2 = _part(part_acc, part_m, first, i + 1, used, h, d, group, HEAD_DIM)
-        m3, total3, acc3 = _part(part_acc, part_m, first, i + 2, used, h, d, group, HEAD_DIM)
-        m, total, acc = _with(m, total, acc, m1, total1, acc1)
-        m, total, acc = _with(m, total, acc, m2, total2, acc2)
-        m, total, acc = _with(m, total, acc, m3, total3, acc3)
-    return total, acc
-
-
-@triton.jit
-def _store_heads(out, result, first_head, h, d, group: tl.constexpr, HEAD_DIM: tl.constexpr):
-    total, acc = result
-    mask = (h < group)[:, None] & (d < HEAD_DIM)[None, :]
-    where = (first_head + h[:, None]) * HEAD_DIM + d[None, :]
-    tl.store(out + where, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
